@@ -1,0 +1,9 @@
+/* What each file of bind/ adds to the module: -1 with a Python error set on failure. */
+#ifndef NF_BIND_FAMILIES_H
+#define NF_BIND_FAMILIES_H
+#include "bind/numpy.h"
+
+int nf_add_memory(PyObject *module);
+int nf_add_ufuncs(PyObject *module);
+
+#endif

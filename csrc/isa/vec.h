@@ -1,0 +1,62 @@
+/* The vector vocabulary. A kernel template is written once, on the names below,
+   and compiled for every instruction set and element type.
+
+   Before including a template, a file defines
+       NF_ISA      suffix of the instruction set, e.g. avx512
+       NF_BYTES    width of a vector: 16, 32 or 64
+   and, per element type (see instantiate.h),
+       T, I        element type and the signed integer of its width
+       vT, vI      vectors of NF_LANES of them
+       NF_TYPE     suffix of the element type: f32 or f64
+       NF_SINGLE   1 for f32, 0 for f64
+       NF_IOTA     the vI of lane numbers
+
+   A template then speaks of vT with the ordinary operators (GCC and Clang vector
+   extensions; a*b + c contracts to a fused multiply-add where the machine has one) and of
+   the operations in kernels/vector.inc. What needs an intrinsic is named in vec_<isa>.h,
+   once per instruction set, and nowhere else. */
+#ifndef NF_VEC_H
+#define NF_VEC_H
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define NF_CAT2_(a, b)    a##_##b
+#define NF_CAT2(a, b)     NF_CAT2_(a, b)
+#define NF_CAT3_(a, b, c) a##_##b##_##c
+#define NF_CAT3(a, b, c)  NF_CAT3_(a, b, c)
+
+/* NF_NAME(gelu_tanh) is gelu_tanh_f32_avx512: readable in a profile. */
+#define NF_NAME(kernel) NF_CAT3(kernel, NF_TYPE, NF_ISA)
+/* For what has no element type of its own: NF_ISA_NAME(qgemm_s8s8) is qgemm_s8s8_avx2. */
+#define NF_ISA_NAME(kernel) NF_CAT2(kernel, NF_ISA)
+
+#define NF_INLINE static inline __attribute__((always_inline))
+#define NF_UNROLL _Pragma("GCC unroll 16")
+
+/* Unaligned, and free to alias. */
+typedef float vf32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));
+typedef int32_t vi32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));
+typedef uint32_t vu32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));
+typedef double vf64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alias));
+typedef int64_t vi64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alias));
+typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alias));
+
+/* What each vec_<isa>.h gives (f32 stands for f64 too):
+       nf_loadn_f32(p, n), nf_storen_f32(p, v, n)    the first n < lanes; other lanes 0
+       nf_fma_f32(a, b, c), nf_fms_f32(a, b, c)      a*b +- c in one rounding, also where the
+                                                     compiler would share a*b
+       nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
+       nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
+   and the sizes of the register tile of a matrix product, rows by vectors:
+       NF_TILE_ROWS, NF_TILE_VECTORS */
+#if NF_BYTES == 64
+#include "isa/vec_avx512.h"
+#elif NF_BYTES == 32
+#include "isa/vec_avx2.h"
+#else
+#include "isa/vec_baseline.h"
+#endif
+
+#endif

@@ -1,0 +1,86 @@
+/* AVX2 with FMA and F16C: 16 registers of 32 bytes. */
+#include <immintrin.h>
+
+/* 12 sums, 2 of B and a broadcast. */
+enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
+
+#define NF_MASK8(n) ((__m256i)((vi32){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)(n)))
+#define NF_MASK4(n) ((__m256i)((vi64){0, 1, 2, 3} < (int64_t)(n)))
+
+NF_INLINE vf32
+nf_loadn_f32(const float *p, size_t n)
+{
+    return (vf32)_mm256_maskload_ps(p, NF_MASK8(n));
+}
+
+NF_INLINE vf64
+nf_loadn_f64(const double *p, size_t n)
+{
+    return (vf64)_mm256_maskload_pd(p, NF_MASK4(n));
+}
+
+NF_INLINE void
+nf_storen_f32(float *p, vf32 v, size_t n)
+{
+    _mm256_maskstore_ps(p, NF_MASK8(n), (__m256)v);
+}
+
+NF_INLINE void
+nf_storen_f64(double *p, vf64 v, size_t n)
+{
+    _mm256_maskstore_pd(p, NF_MASK4(n), (__m256d)v);
+}
+
+NF_INLINE vf32
+nf_fma_f32(vf32 a, vf32 b, vf32 c)
+{
+    return (vf32)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+NF_INLINE vf64
+nf_fma_f64(vf64 a, vf64 b, vf64 c)
+{
+    return (vf64)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+
+NF_INLINE vf32
+nf_fms_f32(vf32 a, vf32 b, vf32 c)
+{
+    return (vf32)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
+}
+
+NF_INLINE vf64
+nf_fms_f64(vf64 a, vf64 b, vf64 c)
+{
+    return (vf64)_mm256_fmsub_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+
+NF_INLINE vf32
+nf_max_f32(vf32 a, vf32 b)
+{
+    return (vf32)_mm256_max_ps((__m256)b, (__m256)a);
+}
+
+NF_INLINE vf64
+nf_max_f64(vf64 a, vf64 b)
+{
+    return (vf64)_mm256_max_pd((__m256d)b, (__m256d)a);
+}
+
+NF_INLINE vf32
+nf_min_f32(vf32 a, vf32 b)
+{
+    return (vf32)_mm256_min_ps((__m256)b, (__m256)a);
+}
+
+NF_INLINE vf64
+nf_min_f64(vf64 a, vf64 b)
+{
+    return (vf64)_mm256_min_pd((__m256d)b, (__m256d)a);
+}
+
+NF_INLINE vf32
+nf_lookup_f32(const float table[32], vi32 index)
+{
+    return (vf32)_mm256_i32gather_ps(table, (__m256i)(index & 31), 4);
+}

@@ -1,0 +1,87 @@
+/* AVX-512 (F, BW, DQ, VL) with FMA: 32 registers of 64 bytes. */
+#include <immintrin.h>
+
+/* 28 sums, 2 of B and a broadcast: 16 loads for 28 FMAs. */
+enum { NF_TILE_ROWS = 14, NF_TILE_VECTORS = 2 };
+
+#define NF_MASK16(n) ((__mmask16)((1u << (n)) - 1))
+#define NF_MASK8(n)  ((__mmask8)((1u << (n)) - 1))
+
+NF_INLINE vf32
+nf_loadn_f32(const float *p, size_t n)
+{
+    return (vf32)_mm512_maskz_loadu_ps(NF_MASK16(n), p);
+}
+
+NF_INLINE vf64
+nf_loadn_f64(const double *p, size_t n)
+{
+    return (vf64)_mm512_maskz_loadu_pd(NF_MASK8(n), p);
+}
+
+NF_INLINE void
+nf_storen_f32(float *p, vf32 v, size_t n)
+{
+    _mm512_mask_storeu_ps(p, NF_MASK16(n), (__m512)v);
+}
+
+NF_INLINE void
+nf_storen_f64(double *p, vf64 v, size_t n)
+{
+    _mm512_mask_storeu_pd(p, NF_MASK8(n), (__m512d)v);
+}
+
+NF_INLINE vf32
+nf_fma_f32(vf32 a, vf32 b, vf32 c)
+{
+    return (vf32)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+NF_INLINE vf64
+nf_fma_f64(vf64 a, vf64 b, vf64 c)
+{
+    return (vf64)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+
+NF_INLINE vf32
+nf_fms_f32(vf32 a, vf32 b, vf32 c)
+{
+    return (vf32)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+}
+
+NF_INLINE vf64
+nf_fms_f64(vf64 a, vf64 b, vf64 c)
+{
+    return (vf64)_mm512_fmsub_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+
+NF_INLINE vf32
+nf_max_f32(vf32 a, vf32 b)
+{
+    return (vf32)_mm512_max_ps((__m512)b, (__m512)a);
+}
+
+NF_INLINE vf64
+nf_max_f64(vf64 a, vf64 b)
+{
+    return (vf64)_mm512_max_pd((__m512d)b, (__m512d)a);
+}
+
+NF_INLINE vf32
+nf_min_f32(vf32 a, vf32 b)
+{
+    return (vf32)_mm512_min_ps((__m512)b, (__m512)a);
+}
+
+NF_INLINE vf64
+nf_min_f64(vf64 a, vf64 b)
+{
+    return (vf64)_mm512_min_pd((__m512d)b, (__m512d)a);
+}
+
+NF_INLINE vf32
+nf_lookup_f32(const float table[32], vi32 index)
+{
+    return (vf32)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index,
+                                        _mm512_loadu_ps(table + 16));
+}

@@ -1,0 +1,98 @@
+/* Any machine with 128-bit vectors (SSE2, NEON): no intrinsics, only what the compiler makes
+   of vector extensions. */
+
+/* 12 sums of 16 registers. */
+enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
+
+NF_INLINE vf32
+nf_loadn_f32(const float *p, size_t n)
+{
+    vf32 v = {0};
+    memcpy(&v, p, n * sizeof *p);
+    return v;
+}
+
+NF_INLINE vf64
+nf_loadn_f64(const double *p, size_t n)
+{
+    vf64 v = {0};
+    memcpy(&v, p, n * sizeof *p);
+    return v;
+}
+
+NF_INLINE void
+nf_storen_f32(float *p, vf32 v, size_t n)
+{
+    memcpy(p, &v, n * sizeof *p);
+}
+
+NF_INLINE void
+nf_storen_f64(double *p, vf64 v, size_t n)
+{
+    memcpy(p, &v, n * sizeof *p);
+}
+
+/* One rounding is what these are for: float32 goes through float64, which is exact but for a
+   second rounding in rare ties; float64 takes libm's. */
+NF_INLINE vf32
+nf_fma_f32(vf32 a, vf32 b, vf32 c)
+{
+    vf32 v;
+    for (int i = 0; i < 4; i++) {
+        v[i] = (float)((double)a[i] * (double)b[i] + (double)c[i]);
+    }
+    return v;
+}
+
+NF_INLINE vf64
+nf_fma_f64(vf64 a, vf64 b, vf64 c)
+{
+    return (vf64){fma(a[0], b[0], c[0]), fma(a[1], b[1], c[1])};
+}
+
+NF_INLINE vf32
+nf_fms_f32(vf32 a, vf32 b, vf32 c)
+{
+    return nf_fma_f32(a, b, -c);
+}
+
+NF_INLINE vf64
+nf_fms_f64(vf64 a, vf64 b, vf64 c)
+{
+    return nf_fma_f64(a, b, -c);
+}
+
+NF_INLINE vf32
+nf_max_f32(vf32 a, vf32 b)
+{
+    const vi32 where = b > a;
+    return (vf32)(((vi32)b & where) | ((vi32)a & ~where));
+}
+
+NF_INLINE vf64
+nf_max_f64(vf64 a, vf64 b)
+{
+    const vi64 where = b > a;
+    return (vf64)(((vi64)b & where) | ((vi64)a & ~where));
+}
+
+NF_INLINE vf32
+nf_min_f32(vf32 a, vf32 b)
+{
+    const vi32 where = b < a;
+    return (vf32)(((vi32)b & where) | ((vi32)a & ~where));
+}
+
+NF_INLINE vf64
+nf_min_f64(vf64 a, vf64 b)
+{
+    const vi64 where = b < a;
+    return (vf64)(((vi64)b & where) | ((vi64)a & ~where));
+}
+
+NF_INLINE vf32
+nf_lookup_f32(const float table[32], vi32 index)
+{
+    return (vf32){table[index[0] & 31], table[index[1] & 31], table[index[2] & 31],
+                  table[index[3] & 31]};
+}

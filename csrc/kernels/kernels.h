@@ -1,0 +1,51 @@
+/* The one list of kernels. All that must know every kernel (the table, its filling for each
+   instruction set, the ufuncs, the tests) is made from this list.
+
+   A family is one file kernels/<family>.inc with its two lists here:
+       NF_KERNELS_<family>(K)         K(name, type): a kernel for each element type,
+                                      name_f32 and name_f64 in the table
+       NF_PLAIN_KERNELS_<family>(K)   K(name, type): a kernel with types of its own, `name`
+                                      in the table; its template stands under #if NF_SINGLE
+   where type is the type of a function, or `const` and the struct that describes a kernel.
+
+   A kernel returns nothing, allocates nothing and cannot fail: a plan in ops/ gives it memory
+   and asserts what it needs. */
+#ifndef NF_KERNELS_H
+#define NF_KERNELS_H
+#include <stddef.h>
+#include <stdint.h>
+
+/* ---- elementwise: out[i] = f(in[0][i], in[1][i], ...). K(name, type, inputs) ---- */
+
+typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
+
+#define NF_KERNELS_elementwise(K)                                                        \
+    K(gelu_erf, nf_elementwise_kernel, 1)                                                \
+    K(gelu_erf_backward, nf_elementwise_kernel, 2)                                       \
+    K(gelu_tanh, nf_elementwise_kernel, 1)                                               \
+    K(gelu_tanh_backward, nf_elementwise_kernel, 2)
+#define NF_PLAIN_KERNELS_elementwise(K)
+
+/* ---- the table ---- */
+
+/* Every family, for an instruction set. */
+#define NF_FAMILIES(F, isa) F(elementwise, isa)
+
+/* The families that gain from VNNI beyond AVX-512. */
+#define NF_VNNI_FAMILIES(F, isa)
+
+typedef struct {
+#define NF_FIELD(name, type, ...)       type *name##_f32, *name##_f64;
+#define NF_PLAIN_FIELD(name, type, ...) type *name;
+#define NF_FIELDS(family, isa)                                                           \
+    NF_KERNELS_##family(NF_FIELD) NF_PLAIN_KERNELS_##family(NF_PLAIN_FIELD)
+    NF_FAMILIES(NF_FIELDS, )
+#undef NF_FIELD
+#undef NF_PLAIN_FIELD
+#undef NF_FIELDS
+} nf_kernel_table;
+
+/* The table in use: each entry from the strongest instruction set that has it. */
+extern nf_kernel_table nf_kernels;
+
+#endif

@@ -1,0 +1,33 @@
+"""What every op does with what it is given."""
+import numpy as np
+
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+
+def as_array(x, op, name):
+    """`x` as an ndarray without a copy where that is possible: ndarray, ``__array__``, DLPack on the CPU."""
+    if type(x) is np.ndarray:
+        return x
+    if not hasattr(x, "__array__") and hasattr(x, "__dlpack__"):
+        return np.from_dlpack(x)
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{op}: {name} must be an array, got {type(x).__name__}: {error}") from None
+
+
+def as_floats(x, op, name):
+    """`x` as a float32 or float64 ndarray. TypeError for any other dtype: nothing is cast behind one's back."""
+    x = as_array(x, op, name)
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}; "
+                        f"convert it with .astype(numpy.float32)")
+    return x
+
+
+def same_dtype(op, **arrays):
+    """TypeError unless all the arrays (None is skipped) have one dtype."""
+    dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}
+    if len(set(dtypes.values())) > 1:
+        came = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
+        raise TypeError(f"{op}: all arrays must have the same dtype, got {came}; convert with .astype")
