@@ -39,8 +39,8 @@ level_of(const char *name, const char *who)
     const nf_isa isa = nf_isa_of_name(name), best = nf_cpu_isa();
     if (isa == NF_ISA_COUNT) {
         PyErr_Format(PyExc_ValueError,
-                     "%s must be one of baseline, avx2, avx512, avx512vnni, got \"%s\"", who,
-                     name);
+                     "%s must be one of baseline, avx2, avx512, avx512vnni, got \"%s\"",
+                     who, name);
         return -1;
     }
     return isa < best ? (int)isa : (int)best;
@@ -102,7 +102,8 @@ static PyMethodDef methods[] = {
     {"get_isa", get_isa, METH_NOARGS,
      "get_isa()\n--\n\nThe instruction set whose kernels are in use."},
     {"cap_isa", cap_isa, METH_O,
-     "cap_isa(name)\n--\n\nUse kernels of this instruction set and below; return the one in "
+     "cap_isa(name)\n--\n\nUse kernels of this instruction set and below; return the one "
+     "in "
      "use. For tests: no kernel\nmay be running, and memory packed before must not be used "
      "after."},
     {NULL, NULL, 0, NULL},

@@ -68,10 +68,10 @@ typedef struct {
     void *data_pointers[2];
 } ufunc_spec;
 
-#define NF_SPEC(name, type, inputs)                                                      \
-    {#name,                                                                              \
-     inputs,                                                                             \
-     {{&nf_kernels.name##_f32, inputs, 4}, {&nf_kernels.name##_f64, inputs, 8}},         \
+#define NF_SPEC(name, type, inputs)                                                        \
+    {#name,                                                                                \
+     inputs,                                                                               \
+     {{&nf_kernels.name##_f32, inputs, 4}, {&nf_kernels.name##_f64, inputs, 8}},           \
      {NULL, NULL}},
 static ufunc_spec specs[] = {NF_KERNELS_elementwise(NF_SPEC)};
 
@@ -89,9 +89,9 @@ nf_add_ufuncs(PyObject *module)
         ufunc_spec *s = &specs[i];
         s->data_pointers[0] = &s->data[0];
         s->data_pointers[1] = &s->data[1];
-        PyObject *ufunc = PyUFunc_FromFuncAndData(loops, s->data_pointers, types[s->inputs],
-                                                  2, s->inputs, 1, PyUFunc_None, s->name,
-                                                  NULL, 0);
+        PyObject *ufunc =
+            PyUFunc_FromFuncAndData(loops, s->data_pointers, types[s->inputs], 2, s->inputs,
+                                    1, PyUFunc_None, s->name, NULL, 0);
         if (ufunc == NULL || PyModule_AddObjectRef(module, s->name, ufunc) < 0) {
             Py_XDECREF(ufunc);
             return -1;

@@ -19,7 +19,8 @@ typedef struct {
     size_t in_use, in_use_peak; /* bytes of the blocks handed out, now and at most */
     size_t kept;                /* bytes of the blocks that wait to be used again */
     size_t kept_limit;
-    size_t reused, fresh; /* how often a block of the pool served, and how often the system */
+    size_t reused,
+        fresh; /* how often a block of the pool served, and how often the system */
 } nf_pool_stats;
 
 nf_pool_stats nf_pool_get_stats(void);

@@ -24,7 +24,7 @@
 #else
 #define NF_IOTA ((vI){0, 1, 2, 3})
 #endif
-#include NF_STRING(kernels/NF_FAMILY.inc)
+#include NF_STRING(kernels / NF_FAMILY.inc)
 #undef T
 #undef I
 #undef vT
@@ -48,7 +48,7 @@
 #else
 #define NF_IOTA ((vI){0, 1})
 #endif
-#include NF_STRING(kernels/NF_FAMILY.inc)
+#include NF_STRING(kernels / NF_FAMILY.inc)
 #undef T
 #undef I
 #undef vT
@@ -58,8 +58,8 @@
 #undef NF_LANES
 #undef NF_IOTA
 
-#define NF_FILL(name, ...)                                                               \
-    table->name##_f32 = &NF_CAT3(name, f32, NF_ISA);                                     \
+#define NF_FILL(name, ...)                                                                 \
+    table->name##_f32 = &NF_CAT3(name, f32, NF_ISA);                                       \
     table->name##_f64 = &NF_CAT3(name, f64, NF_ISA);
 #define NF_FILL_PLAIN(name, ...) table->name = &NF_CAT2(name, NF_ISA);
 
@@ -69,5 +69,5 @@ void
 NF_CAT3(nf_fill, NF_FAMILY, NF_ISA)(nf_kernel_table *table)
 {
     NF_CAT2(NF_KERNELS, NF_FAMILY)(NF_FILL)
-    NF_CAT2(NF_PLAIN_KERNELS, NF_FAMILY)(NF_FILL_PLAIN)
+        NF_CAT2(NF_PLAIN_KERNELS, NF_FAMILY)(NF_FILL_PLAIN)
 }

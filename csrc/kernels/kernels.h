@@ -19,10 +19,10 @@
 
 typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
 
-#define NF_KERNELS_elementwise(K)                                                        \
-    K(gelu_erf, nf_elementwise_kernel, 1)                                                \
-    K(gelu_erf_backward, nf_elementwise_kernel, 2)                                       \
-    K(gelu_tanh, nf_elementwise_kernel, 1)                                               \
+#define NF_KERNELS_elementwise(K)                                                          \
+    K(gelu_erf, nf_elementwise_kernel, 1)                                                  \
+    K(gelu_erf_backward, nf_elementwise_kernel, 2)                                         \
+    K(gelu_tanh, nf_elementwise_kernel, 1)                                                 \
     K(gelu_tanh_backward, nf_elementwise_kernel, 2)
 #define NF_PLAIN_KERNELS_elementwise(K)
 
@@ -37,7 +37,7 @@ typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
 typedef struct {
 #define NF_FIELD(name, type, ...)       type *name##_f32, *name##_f64;
 #define NF_PLAIN_FIELD(name, type, ...) type *name;
-#define NF_FIELDS(family, isa)                                                           \
+#define NF_FIELDS(family, isa)                                                             \
     NF_KERNELS_##family(NF_FIELD) NF_PLAIN_KERNELS_##family(NF_PLAIN_FIELD)
     NF_FAMILIES(NF_FIELDS, )
 #undef NF_FIELD
