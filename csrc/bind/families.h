@@ -5,5 +5,13 @@
 
 int nf_add_memory(PyObject *module);
 int nf_add_ufuncs(PyObject *module);
+int nf_add_rowwise(PyObject *module);
+int nf_add_gemm(PyObject *module);
+int nf_add_attention(PyObject *module);
+int nf_add_quant(PyObject *module);
+int nf_add_moe(PyObject *module);
+int nf_add_optimizer(PyObject *module);
+int nf_add_random(PyObject *module);
+int nf_add_roof(PyObject *module);
 
 #endif

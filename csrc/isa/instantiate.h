@@ -68,6 +68,7 @@ void NF_CAT3(nf_fill, NF_FAMILY, NF_ISA)(nf_kernel_table *table);
 void
 NF_CAT3(nf_fill, NF_FAMILY, NF_ISA)(nf_kernel_table *table)
 {
+    (void)table;
     NF_CAT2(NF_KERNELS, NF_FAMILY)(NF_FILL)
         NF_CAT2(NF_PLAIN_KERNELS, NF_FAMILY)(NF_FILL_PLAIN)
 }

@@ -26,13 +26,44 @@ typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
     K(gelu_tanh_backward, nf_elementwise_kernel, 2)
 #define NF_PLAIN_KERNELS_elementwise(K)
 
+/* ---- rowwise: norms, softmaxes, losses, embedding, rotary ---- */
+
+#define NF_KERNELS_rowwise(K)
+#define NF_PLAIN_KERNELS_rowwise(K)
+
+/* ---- gemm: matrix products ---- */
+
+#define NF_KERNELS_gemm(K)
+#define NF_PLAIN_KERNELS_gemm(K)
+
+/* ---- attention: scaled-dot-product attention ---- */
+
+#define NF_KERNELS_attention(K)
+#define NF_PLAIN_KERNELS_attention(K)
+
+/* ---- quant: quantized weights ---- */
+
+#define NF_KERNELS_quant(K)
+#define NF_PLAIN_KERNELS_quant(K)
+
+/* ---- roof: the machine's own limits, for the benchmarks ---- */
+
+#define NF_KERNELS_roof(K)
+#define NF_PLAIN_KERNELS_roof(K)
+
 /* ---- the table ---- */
 
 /* Every family, for an instruction set. */
-#define NF_FAMILIES(F, isa) F(elementwise, isa)
+#define NF_FAMILIES(F, isa)                                                                \
+    F(elementwise, isa)                                                                    \
+    F(rowwise, isa)                                                                        \
+    F(gemm, isa)                                                                           \
+    F(attention, isa)                                                                      \
+    F(quant, isa)                                                                          \
+    F(roof, isa)
 
 /* The families that gain from VNNI beyond AVX-512. */
-#define NF_VNNI_FAMILIES(F, isa)
+#define NF_VNNI_FAMILIES(F, isa) F(quant, isa) F(roof, isa)
 
 typedef struct {
 #define NF_FIELD(name, type, ...)       type *name##_f32, *name##_f64;

@@ -1,0 +1,12 @@
+#include "bind/arguments.h"
+#include "bind/families.h"
+
+static PyMethodDef methods[] = {
+    {NULL, NULL, 0, NULL},
+};
+
+int
+nf_add_rowwise(PyObject *module)
+{
+    return PyModule_AddFunctions(module, methods);
+}
