@@ -50,7 +50,8 @@ def compilations():
     for isa, flags in ISA_FLAGS.items():
         for family in families("NF_VNNI_FAMILIES" if isa == "avx512vnni" else "NF_FAMILIES"):
             source = f"csrc/isa/isa_{isa}.c"
-            yield source, f"csrc/isa/{isa}_{family}.o", [*flags, f"-DNF_FAMILY={family}"]
+            yield source, f"csrc/isa/{isa}_{family}.o", [
+                *flags, f"-DNF_FAMILY={family}", f'-DNF_TEMPLATES="kernels/{family}.inc"']
 
 
 def is_current(target, command):

@@ -1,14 +1,12 @@
 /* Compiles the templates of one family of kernels for NF_ISA, once for each element type, and
    exports nf_fill_<family>_<isa>, which enters them in the table.
 
-   The build compiles each isa_<isa>.c once per family, with NF_FAMILY defined: a change to one
-   family costs one family's time, and families compile side by side. No include guard:
+   The build compiles each isa_<isa>.c once per family, with NF_FAMILY, its name, and
+   NF_TEMPLATES, its file, defined: a change to one family costs one family's time, and
+   families compile side by side. No include guard:
    included once by each isa_<isa>.c. */
 #include "isa/vec.h"
 #include "kernels/kernels.h"
-
-#define NF_STRING_(x) #x
-#define NF_STRING(x)  NF_STRING_(x)
 
 #define T         float
 #define I         int32_t
@@ -24,7 +22,7 @@
 #else
 #define NF_IOTA ((vI){0, 1, 2, 3})
 #endif
-#include NF_STRING(kernels / NF_FAMILY.inc)
+#include NF_TEMPLATES
 #undef T
 #undef I
 #undef vT
@@ -48,7 +46,7 @@
 #else
 #define NF_IOTA ((vI){0, 1})
 #endif
-#include NF_STRING(kernels / NF_FAMILY.inc)
+#include NF_TEMPLATES
 #undef T
 #undef I
 #undef vT
