@@ -49,6 +49,7 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
                                                      compiler would share a*b
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
+       nf_dot_u8s8(sum, a, b)                        sums of four products of bytes
    and the sizes of the register tile of a matrix product, rows by vectors:
        NF_TILE_ROWS, NF_TILE_VECTORS */
 #if NF_BYTES == 64

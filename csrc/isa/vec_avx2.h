@@ -84,3 +84,12 @@ nf_lookup_f32(const float table[32], vi32 index)
 {
     return (vf32)_mm256_i32gather_ps(table, (__m256i)(index & 31), 4);
 }
+
+/* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. Pairs saturate at
+   16 bits: safe where a <= 127. */
+NF_INLINE vi32
+nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)
+{
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    return sum + (vi32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}

@@ -85,3 +85,16 @@ nf_lookup_f32(const float table[32], vi32 index)
     return (vf32)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index,
                                         _mm512_loadu_ps(table + 16));
 }
+
+/* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. Without VNNI pairs
+   saturate at 16 bits: safe where a <= 127. */
+NF_INLINE vi32
+nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)
+{
+#if defined(__AVX512VNNI__)
+    return (vi32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+    return sum + (vi32)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#endif
+}

@@ -96,3 +96,17 @@ nf_lookup_f32(const float table[32], vi32 index)
     return (vf32){table[index[0] & 31], table[index[1] & 31], table[index[2] & 31],
                   table[index[3] & 31]};
 }
+
+/* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. */
+NF_INLINE vi32
+nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)
+{
+    uint8_t u[16];
+    int8_t s[16];
+    memcpy(u, &a, sizeof u);
+    memcpy(s, &b, sizeof s);
+    for (int i = 0; i < 16; i++) {
+        sum[i / 4] += (int)u[i] * (int)s[i];
+    }
+    return sum;
+}

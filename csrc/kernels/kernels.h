@@ -48,8 +48,19 @@ typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
 
 /* ---- roof: the machine's own limits, for the benchmarks ---- */
 
+/* Runs `rounds` times through registers, or once through n bytes. The result keeps the
+   compiler from leaving the work out. */
+typedef float nf_roof_registers(size_t rounds);
+typedef float nf_roof_read(const void *p, size_t bytes);
+
+enum { NF_ROOF_SUMS = 12 }; /* independent chains: the latency of an FMA times two pipes */
+
 #define NF_KERNELS_roof(K)
-#define NF_PLAIN_KERNELS_roof(K)
+#define NF_PLAIN_KERNELS_roof(K)                                                           \
+    K(roof_fma, nf_roof_registers)                                                         \
+    K(roof_dot, nf_roof_registers)                                                         \
+    K(roof_read, nf_roof_read)                                                             \
+    K(roof_lanes, const int)
 
 /* ---- the table ---- */
 
