@@ -1,16 +1,63 @@
-# Each target does all of its own set-up, on a machine with Python 3.11 and a C compiler.
-PYTHON ?= python3
-VENV   ?= .venv
-BIN     = $(VENV)/bin
+# Every target does all of its own set-up, on a machine with Python 3.11 or later and gcc.
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN      = $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-SOURCES = setup.py pyproject.toml $(shell find csrc -type f)
+# demo
+MINUTES ?= 6
+OUT     ?= out
+SEED    ?= 0
 
-test: $(VENV)/built-dev
+SOURCES  = setup.py pyproject.toml $(shell find csrc -type f)
+C_FILES  = $(wildcard csrc/*/*.[ch])
+INCLUDES = $(wildcard csrc/*/*.inc)
+
+help:
+	@echo "make demo   the tour: pretrain, align, prune, quantize, generate (MINUTES=6 OUT=out SEED=0)"
+	@echo "make test   every test"
+	@echo "make bench  every benchmark, and the table of them all (BENCH='linear gelu' for some)"
+	@echo "make lint   formats, ruff, mypy on the stubs, a build in which a warning is an error"
+	@echo "make asan   the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make old    the kernel tests of the baseline on an emulated processor without AVX (qemu-user)"
+	@echo "make fuzz   random shapes, strides and types at every op (EXAMPLES=2000 each)"
+	@echo "make wheel  the wheel, in dist/"
+
+demo: $(VENV)/installed-demo
+	$(BIN)/python -m numformer.demo --minutes $(MINUTES) --out $(OUT) --seed $(SEED)
+
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks $(BENCH)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
+	@for f in $(INCLUDES); do $(BIN)/clang-format --assume-filename=x.c < $$f | cmp -s - $$f \
+	    || { echo "$$f: not as clang-format writes it"; exit 1; }; done
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	NUMFORMER_WERROR=1 $(BIN)/python setup.py -q build_ext --build-temp build/werror --build-lib build/werror
+
+# Python's own allocations leak at exit by design, so leaks are not looked for.
+asan: $(VENV)/installed-dev
+	NUMFORMER_SANITIZE=1 $(BIN)/python setup.py -q build_py --build-lib build/asan build_ext --build-temp build/asan \
+	    --build-lib build/asan
+	PYTHONPATH=build/asan:. LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	    ASAN_OPTIONS=detect_leaks=0 NUMFORMER_EXAMPLES=5 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(ASAN_TESTS)
+
+old: $(VENV)/installed-dev
+	qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(OLD_TESTS)
+
+fuzz: $(VENV)/installed-dev
+	NUMFORMER_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest tests/test_properties.py
+
+wheel: $(VENV)/installed-dev
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+
 # The extension is built beside python/numformer and found there; only changed files are compiled.
-$(VENV)/built-%: $(VENV)/made $(SOURCES)
+$(VENV)/installed-%: $(VENV)/made $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e '.[$*]'
 	touch $@
 
@@ -19,4 +66,7 @@ $(VENV)/made:
 	$(BIN)/pip install -q 'setuptools>=77' 'numpy>=2.0'
 	touch $@
 
-.PHONY: test
+clean:
+	rm -rf build dist $(VENV) python/*.egg-info python/numformer/*.so
+
+.PHONY: help demo test bench lint asan old fuzz wheel clean

@@ -18,13 +18,14 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FLAGS = ["-std=gnu11", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno",
+FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno",
          "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 LINK = ["-fopenmp"]
 if os.environ.get("NUMFORMER_WERROR"):
     FLAGS += ["-Werror"]
 if os.environ.get("NUMFORMER_SANITIZE"):
-    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
+              "-g1"]
     LINK += ["-fsanitize=address,undefined"]
 
 # An instruction set: a probe in core/cpu.c, a vec_<isa>.h and an isa_<isa>.c in isa/, a line here.
