@@ -20,6 +20,7 @@ help:
 	@echo "make lint   formats, ruff, mypy on the stubs, a build in which a warning is an error"
 	@echo "make asan   the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make old    the kernel tests of the baseline on an emulated processor without AVX (qemu-user)"
+	@echo "make arm    the same on an emulated aarch64 (cross compiler, qemu-user)"
 	@echo "make fuzz   random shapes, strides and types at every op (EXAMPLES=2000 each)"
 	@echo "make wheel  the wheel, in dist/"
 
@@ -48,7 +49,10 @@ asan: $(VENV)/installed-dev
 	    ASAN_OPTIONS=detect_leaks=0 NUMFORMER_EXAMPLES=5 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(ASAN_TESTS)
 
 old: $(VENV)/installed-dev
-	qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(OLD_TESTS)
+	qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(or $(OLD_TESTS),tests/kernels)
+
+arm: $(VENV)/installed-dev
+	.ci/aarch64
 
 fuzz: $(VENV)/installed-dev
 	NUMFORMER_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest tests/test_properties.py
@@ -69,4 +73,4 @@ $(VENV)/made:
 clean:
 	rm -rf build dist $(VENV) python/*.egg-info python/numformer/*.so
 
-.PHONY: help demo test bench lint asan old fuzz wheel clean
+.PHONY: help demo test bench lint asan old arm fuzz wheel clean

@@ -28,9 +28,12 @@ if os.environ.get("NUMFORMER_SANITIZE"):
               "-g1"]
     LINK += ["-fsanitize=address,undefined"]
 
+COMPILER = os.environ.get("CC", sysconfig.get_config_var("CC")).split()
+TARGET = subprocess.run([*COMPILER, "-dumpmachine"], capture_output=True, text=True, check=True).stdout
+
 # An instruction set: a probe in core/cpu.c, a vec_<isa>.h and an isa_<isa>.c in isa/, a line here.
 ISA_FLAGS = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if TARGET.startswith("x86_64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                            "-mprefer-vector-width=512"]
@@ -71,14 +74,13 @@ def is_current(target, command):
 
 class Build(build_ext):
     def build_extension(self, extension):
-        compiler = os.environ.get("CC", sysconfig.get_config_var("CC")).split()
         include = ["-Icsrc", f"-I{numpy.get_include()}", f"-I{sysconfig.get_path('include')}",
                    "-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION", "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION"]
 
         def compile_one(job):
             source, target, flags = job
             target = os.path.join(self.build_temp, target)
-            command = [*compiler, *FLAGS, *include, *flags, "-MMD", "-MF", target + ".d", "-c", source, "-o", target]
+            command = [*COMPILER, *FLAGS, *include, *flags, "-MMD", "-MF", target + ".d", "-c", source, "-o", target]
             if self.force or not is_current(target, " ".join(command)):
                 os.makedirs(os.path.dirname(target), exist_ok=True)
                 print(f"{source} -> {target}", flush=True)
@@ -92,7 +94,7 @@ class Build(build_ext):
         output = self.get_ext_fullpath(extension.name)
         os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared"]
-        subprocess.run([*compiler, *shared, *objects, *LINK, "-lm", "-lpthread", "-o", output + ".new"], check=True)
+        subprocess.run([*COMPILER, *shared, *objects, *LINK, "-lm", "-lpthread", "-o", output + ".new"], check=True)
         os.replace(output + ".new", output)     # a process that has the old one mapped keeps it
 
 
