@@ -1,0 +1,467 @@
+"""The operators of a Tensor: NumPy's arithmetic, reductions and indexing with their gradients.
+
+Every function takes arrays or Tensors and follows NumPy's broadcasting; a gradient is summed back over what was
+broadcast. A Python or NumPy number takes the dtype of the tensor beside it, and so does an array of integers or
+booleans, so float32 stays float32; float arrays of two dtypes are an error. What is selected by a mask (`where`,
+`maximum`, `clip`, indexing) gets a gradient by selection, never by multiplication with 0: NaN in a slot that was not
+selected goes nowhere.
+"""
+import numbers
+
+import numpy as np
+
+from numformer._core import pooled
+from numformer.tensor import Tensor, apply
+
+__all__ = ["absolute", "add", "amax", "astype", "clip", "concatenate", "divide", "exp", "getitem", "log", "log_sigmoid",
+           "maximum", "mean", "minimum", "multiply", "negative", "power", "reshape", "sigmoid", "sqrt", "squeeze",
+           "stack", "subtract", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unsqueeze", "where"]
+
+
+def _unbroadcast(gradient, shape):
+    """Sum `gradient` over the axes along which an array of `shape` was broadcast."""
+    if gradient.shape == shape:
+        return gradient
+    lead = gradient.ndim - len(shape)
+    axes = tuple(range(lead)) + tuple(i + lead for i, n in enumerate(shape) if n == 1 != gradient.shape[i + lead])
+    return gradient.sum(axis=axes, keepdims=True).reshape(shape)
+
+
+def _operands(op, a, b):
+    """`a` and `b` in one float dtype; numbers and integer arrays take that of the other."""
+    dtype_a, dtype_b = _float_dtype(a), _float_dtype(b)
+    if dtype_a is None and dtype_b is None:
+        return _plain(a), _plain(b)
+    if dtype_a is None:
+        return np.asarray(_plain(a), dtype_b), b
+    if dtype_b is None:
+        return a, np.asarray(_plain(b), dtype_a)
+    if dtype_a != dtype_b:
+        raise TypeError(f"{op}: operands must have the same dtype, got {dtype_a} and {dtype_b}; convert with .astype")
+    return a, b
+
+
+def _plain(x):
+    return x if type(x) in (np.ndarray, Tensor) else np.asarray(x)
+
+
+def _float_dtype(x):
+    """The dtype that an operand insists on: None for numbers and for arrays of integers or booleans."""
+    if type(x) is Tensor or type(x) is np.ndarray:
+        return x.dtype if x.dtype.kind == "f" else None
+    if isinstance(x, numbers.Number) or isinstance(x, np.generic):
+        return None
+    x = np.asarray(x)
+    return x.dtype if x.dtype.kind == "f" else None
+
+
+def _binary(name, forward, backward):
+    def op(a, b):
+        return apply(forward, backward, *_operands(name, a, b))
+    op.__name__ = name
+    return op
+
+
+def _add_forward(a, b):
+    return a + b, (a.shape, b.shape)
+
+
+def _add_backward(dy, saved):
+    return _unbroadcast(dy, saved[0]), _unbroadcast(dy, saved[1])
+
+
+def _subtract_forward(a, b):
+    return a - b, (a.shape, b.shape)
+
+
+def _subtract_backward(dy, saved):
+    return _unbroadcast(dy, saved[0]), _unbroadcast(-dy, saved[1])
+
+
+def _multiply_forward(a, b):
+    return a * b, (a, b)
+
+
+def _multiply_backward(dy, saved):
+    a, b = saved
+    return _unbroadcast(dy * b, a.shape), _unbroadcast(dy * a, b.shape)
+
+
+def _divide_forward(a, b):
+    y = a / b
+    return y, (a.shape, b, y)
+
+
+def _divide_backward(dy, saved):
+    shape, b, y = saved
+    da = dy / b
+    return _unbroadcast(da, shape), _unbroadcast(-da * y, b.shape)
+
+
+def _maximum_forward(a, b):
+    return np.maximum(a, b), (a, b)
+
+
+def _maximum_backward(dy, saved):
+    a, b = saved
+    return _split(dy, a > b, a, b)
+
+
+def _minimum_forward(a, b):
+    return np.minimum(a, b), (a, b)
+
+
+def _minimum_backward(dy, saved):
+    a, b = saved
+    return _split(dy, a < b, a, b)
+
+
+def _split(dy, first, a, b):
+    """`dy` to `a` where `first`, half to each where they are equal (as torch), else to `b`."""
+    dy = np.broadcast_to(dy, first.shape)
+    half = np.where(a == b, dy * dy.dtype.type(0.5), dy.dtype.type(0))
+    zero = dy.dtype.type(0)
+    equal = a == b
+    da = np.where(equal, half, np.where(first, dy, zero))
+    db = np.where(equal, half, np.where(first, zero, dy))
+    return _unbroadcast(da, a.shape), _unbroadcast(db, b.shape)
+
+
+add = _binary("add", _add_forward, _add_backward)
+subtract = _binary("subtract", _subtract_forward, _subtract_backward)
+multiply = _binary("multiply", _multiply_forward, _multiply_backward)
+divide = _binary("divide", _divide_forward, _divide_backward)
+maximum = _binary("maximum", _maximum_forward, _maximum_backward)
+minimum = _binary("minimum", _minimum_forward, _minimum_backward)
+
+
+def where(condition, a, b):
+    """`a` where `condition` (an array), else `b`: the gradient goes by selection."""
+    a, b = _operands("where", a, b)
+    condition = np.asarray(condition.data if type(condition) is Tensor else condition, bool)
+    return apply(_where_forward, _where_backward, condition, a, b)
+
+
+def _where_forward(condition, a, b):
+    return np.where(condition, a, b), (condition, np.shape(a), np.shape(b))
+
+
+def _where_backward(dy, saved):
+    condition, shape_a, shape_b = saved
+    zero = dy.dtype.type(0)
+    da, db = np.where(condition, dy, zero), np.where(condition, zero, dy)
+    return None, _unbroadcast(da, shape_a), _unbroadcast(db, shape_b)
+
+
+# One array
+
+
+def _unary(name, forward, backward, text):
+    def op(x):
+        return apply(forward, backward, x)
+    op.__name__, op.__doc__ = name, text
+    return op
+
+
+def _stable_sigmoid(x):
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1, e) / (1 + e)
+
+
+def _log_sigmoid_forward(x):
+    return np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x))), x
+
+
+def _from_y(f):
+    def forward(x):
+        y = f(x)
+        return y, y
+    return forward
+
+
+def _from_x(f):
+    return lambda x: (f(x), x)
+
+
+negative = _unary("negative", _from_x(np.negative), lambda dy, x: (-dy,), "-x")
+absolute = _unary("absolute", _from_x(np.abs), lambda dy, x: (dy * np.sign(x),), "|x|; its gradient at 0 is 0.")
+exp = _unary("exp", _from_y(np.exp), lambda dy, y: (dy * y,), "e to the power of x.")
+log = _unary("log", _from_x(np.log), lambda dy, x: (dy / x,), "The natural logarithm.")
+sqrt = _unary("sqrt", _from_y(np.sqrt), lambda dy, y: (dy / (2 * y),), "The square root.")
+tanh = _unary("tanh", _from_y(np.tanh), lambda dy, y: (dy * (1 - y * y),), "The hyperbolic tangent.")
+sigmoid = _unary("sigmoid", _from_y(_stable_sigmoid), lambda dy, y: (dy * y * (1 - y),),
+                 "1 / (1 + exp(-x)), for any x without overflow.")
+log_sigmoid = _unary("log_sigmoid", _log_sigmoid_forward, lambda dy, x: (dy * _stable_sigmoid(-x),),
+                     "log(1 / (1 + exp(-x))), for any x without overflow.")
+
+
+def power(x, exponent):
+    """`x` to the power of a number, or of an array that needs no gradient."""
+    if type(exponent) is Tensor:
+        if exponent.requires_grad:
+            raise TypeError("**: the exponent must be a number or an array, not a Tensor that requires a gradient; "
+                            "use exp(b * log(a))")
+        exponent = exponent.data
+    if not isinstance(exponent, numbers.Number) or isinstance(exponent, np.generic):
+        exponent = np.asarray(exponent, x.dtype)
+    return apply(_power_forward, _power_backward, x, exponent)
+
+
+def _power_forward(x, exponent):
+    return x**exponent, (x, exponent)
+
+
+def _power_backward(dy, saved):
+    x, exponent = saved
+    return _unbroadcast(dy * (exponent * x ** (exponent - 1)), x.shape), None
+
+
+def clip(x, low=None, high=None):
+    """`x` held between two numbers or arrays (None: no bound); the gradient is 0 where it was held."""
+    low, high = ((None if v is None else np.asarray(v.data if type(v) is Tensor else v, x.dtype)) for v in (low, high))
+    return apply(_clip_forward, _clip_backward, x, low=low, high=high)
+
+
+def _clip_forward(x, low, high):
+    y = np.clip(x, low, high)
+    return y, (y == x, x.shape)
+
+
+def _clip_backward(dy, saved):
+    inside, shape = saved
+    return (_unbroadcast(np.where(inside, dy, dy.dtype.type(0)), shape),)
+
+
+# Reductions
+
+
+def sum(x, axis=None, keepdims=False):
+    """The sum over `axis` (an int, a tuple, None for all)."""
+    return apply(_sum_forward, _sum_backward, x, axis=axis, keepdims=keepdims)
+
+
+def mean(x, axis=None, keepdims=False):
+    """The mean over `axis` (an int, a tuple, None for all)."""
+    return apply(_mean_forward, _mean_backward, x, axis=axis, keepdims=keepdims)
+
+
+def amax(x, axis=None, keepdims=False):
+    """The maximum over `axis`; elements that share it share its gradient evenly."""
+    return apply(_max_forward, _max_backward, x, axis=axis, keepdims=keepdims)
+
+
+def _spread(dy, shape, axis, keepdims):
+    if not keepdims and axis is not None:
+        dy = np.expand_dims(dy, axis)
+    return np.broadcast_to(dy, shape)
+
+
+def _sum_forward(x, axis, keepdims):
+    return x.sum(axis=axis, keepdims=keepdims), (x.shape, axis, keepdims)
+
+
+def _sum_backward(dy, saved):
+    return (_spread(dy, *saved),)
+
+
+def _mean_forward(x, axis, keepdims):
+    y = x.mean(axis=axis, keepdims=keepdims)
+    return y, (x.shape, axis, keepdims, x.dtype.type(y.size / max(x.size, 1)))
+
+
+def _mean_backward(dy, saved):
+    shape, axis, keepdims, share = saved
+    return (_spread(dy * share, shape, axis, keepdims),)
+
+
+def _max_forward(x, axis, keepdims):
+    y = x.max(axis=axis, keepdims=keepdims)
+    return y, (x, y, axis, keepdims)
+
+
+def _max_backward(dy, saved):
+    x, y, axis, keepdims = saved
+    at = x == _spread(y, x.shape, axis, keepdims)
+    share = _spread(dy / at.sum(axis=axis, keepdims=keepdims, dtype=x.dtype), x.shape, axis, keepdims)
+    return (np.where(at, share, x.dtype.type(0)),)
+
+
+# Shape and selection
+
+
+def reshape(x, *shape):
+    """`x` with another shape, as ``ndarray.reshape``."""
+    if len(shape) == 1 and not isinstance(shape[0], numbers.Integral):
+        shape = tuple(shape[0])
+    return apply(_reshape_forward, _reshape_backward, x, shape=shape)
+
+
+def _reshape_forward(x, shape):
+    return x.reshape(shape), x.shape
+
+
+def _reshape_backward(dy, shape):
+    return (dy.reshape(shape),)
+
+
+def transpose(x, *axes):
+    """`x` with its axes in another order (reversed where none are given)."""
+    if len(axes) == 1 and not isinstance(axes[0], numbers.Integral):
+        axes = axes[0]
+    return apply(_transpose_forward, _transpose_backward, x, axes=tuple(axes) if axes else None)
+
+
+def _transpose_forward(x, axes):
+    return x.transpose(axes), None if axes is None else np.argsort([a % x.ndim for a in axes])
+
+
+def _transpose_backward(dy, axes):
+    return (dy.transpose(axes),)
+
+
+def swapaxes(x, a, b):
+    """`x` with axes `a` and `b` exchanged."""
+    return apply(_swapaxes_forward, _swapaxes_backward, x, a=a, b=b)
+
+
+def _swapaxes_forward(x, a, b):
+    return x.swapaxes(a, b), (a, b)
+
+
+def _swapaxes_backward(dy, axes):
+    return (dy.swapaxes(*axes),)
+
+
+def squeeze(x, axis=None):
+    """`x` without the axes of length 1 (or without `axis`)."""
+    return reshape(x, np.squeeze(np.broadcast_to(False, x.shape), axis).shape)
+
+
+def unsqueeze(x, axis):
+    """`x` with a new axis of length 1 at `axis` (an int or a tuple)."""
+    return reshape(x, np.expand_dims(np.broadcast_to(False, x.shape), axis).shape)
+
+
+def astype(x, dtype):
+    """`x` in another float dtype."""
+    dtype = np.dtype(dtype)
+    if dtype.kind != "f":
+        raise TypeError(f"astype: only floats have gradients, got {dtype}; convert .numpy() instead")
+    return apply(_astype_forward, _astype_backward, x, dtype=dtype)
+
+
+def _astype_forward(x, dtype):
+    return x.astype(dtype), x.dtype
+
+
+def _astype_backward(dy, dtype):
+    return (dy.astype(dtype),)
+
+
+def getitem(x, index):
+    """``x[index]``: slices, integers, arrays of integers or booleans; what was taken twice gets both gradients."""
+    if type(index) is tuple:
+        index = tuple(i.data if type(i) is Tensor else i for i in index)
+    elif type(index) is Tensor:
+        index = index.data
+    return apply(_getitem_forward, _getitem_backward, x, index=index)
+
+
+def _getitem_forward(x, index):
+    return x[index], (x.shape, index)
+
+
+def _getitem_backward(dy, saved):
+    shape, index = saved
+    dx = pooled(np.zeros, shape, dy.dtype)
+    parts = index if type(index) is tuple else (index,)
+    if all(i is None or i is Ellipsis or isinstance(i, (slice, numbers.Integral)) for i in parts):
+        dx[index] = dy
+    else:
+        np.add.at(dx, index, dy)
+    return (dx,)
+
+
+def take_along_axis(x, indices, axis=-1):
+    """The elements that `indices` (an array of integers) names along `axis`, as ``numpy.take_along_axis``."""
+    indices = np.asarray(indices.data if type(indices) is Tensor else indices)
+    return apply(_take_forward, _take_backward, x, indices=indices, axis=axis)
+
+
+def _take_forward(x, indices, axis):
+    return np.take_along_axis(x, indices, axis), (x.shape, indices, axis)
+
+
+def _take_backward(dy, saved):
+    shape, indices, axis = saved
+    dx = pooled(np.zeros, shape, dy.dtype)
+    grid = list(np.ogrid[tuple(slice(n) for n in dy.shape)])
+    grid = [at if n > 1 else np.zeros_like(at) for at, n in zip(grid, shape)]       # what was broadcast
+    grid[axis] = indices
+    if dy.shape[axis] == 1 and dy.size * shape[axis] == dx.size:
+        dx[tuple(grid)] = dy        # no element twice
+    else:
+        np.add.at(dx, tuple(grid), dy)
+    return (dx,)
+
+
+def concatenate(arrays, axis=0):
+    """The arrays one after another along `axis`, as ``numpy.concatenate``."""
+    return apply(_concatenate_forward, _concatenate_backward, *_one_dtype("concatenate", arrays), axis=axis)
+
+
+def stack(arrays, axis=0):
+    """The arrays side by side along a new `axis`, as ``numpy.stack``."""
+    return apply(_stack_forward, _stack_backward, *_one_dtype("stack", arrays), axis=axis)
+
+
+def _one_dtype(op, arrays):
+    arrays = [_plain(x) for x in arrays]
+    if len({x.dtype for x in arrays}) > 1:
+        raise TypeError(f"{op}: all arrays must have the same dtype, got {', '.join(str(x.dtype) for x in arrays)}")
+    return arrays
+
+
+def _concatenate_forward(*arrays, axis):
+    return np.concatenate(arrays, axis), (np.cumsum([x.shape[axis] for x in arrays])[:-1], axis)
+
+
+def _concatenate_backward(dy, saved):
+    return np.split(dy, *saved)
+
+
+def _stack_forward(*arrays, axis):
+    return np.stack(arrays, axis), axis
+
+
+def _stack_backward(dy, axis):
+    return list(np.moveaxis(dy, axis, 0))
+
+
+def _compare(ufunc):
+    def compare(a, b):
+        return ufunc(a.data, b.data if type(b) is Tensor else b)
+    return compare
+
+
+def _flip(op):
+    return lambda self, other: op(other, self)
+
+
+Tensor.__add__ = Tensor.__radd__ = add
+Tensor.__mul__ = Tensor.__rmul__ = multiply
+Tensor.__sub__, Tensor.__rsub__ = subtract, _flip(subtract)
+Tensor.__truediv__, Tensor.__rtruediv__ = divide, _flip(divide)
+Tensor.__pow__ = power
+Tensor.__neg__ = negative
+Tensor.__abs__ = absolute
+Tensor.__getitem__ = getitem
+Tensor.__lt__, Tensor.__le__ = _compare(np.less), _compare(np.less_equal)
+Tensor.__gt__, Tensor.__ge__ = _compare(np.greater), _compare(np.greater_equal)
+Tensor.__eq__, Tensor.__ne__ = _compare(np.equal), _compare(np.not_equal)
+Tensor.__hash__ = object.__hash__
+for _op in (exp, log, sqrt, tanh, sigmoid, log_sigmoid, clip, sum, mean, reshape, transpose, swapaxes, squeeze,
+            unsqueeze, astype, take_along_axis):
+    setattr(Tensor, _op.__name__, _op)
+Tensor.max, Tensor.abs = amax, absolute
+Tensor.T = property(transpose)

@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+
+import numformer as nf
+from numformer.tensor import Tensor, apply, checkpoint, no_grad
+
+
+def multiply(a, b):
+    return apply(lambda x, y: (x * y, (x, y)), lambda d, s: (d * s[1], d * s[0]), a, b)
+
+
+def add(a, b):
+    return apply(lambda x, y: (x + y, None), lambda d, s: (d, d), a, b)
+
+
+def leaf(*values):
+    return Tensor(np.array(values), requires_grad=True)
+
+
+def test_arrays_in_arrays_out():
+    assert type(multiply(np.ones(2), np.ones(2))) is np.ndarray
+
+
+def test_a_tensor_used_twice_gets_both_gradients():
+    x = leaf(2.0, 3.0)
+    add(multiply(x, x), x).backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, 2 * x.data + 1)
+
+
+def test_gradients_accumulate_over_calls():
+    x = leaf(2.0)
+    multiply(x, x).backward()
+    multiply(x, x).backward()
+    np.testing.assert_array_equal(x.grad, 8.0)
+
+
+def test_a_long_chain_needs_no_recursion():
+    x = y = leaf(1.0)
+    for _ in range(50_000):
+        y = add(y, x)
+    y.backward()
+    assert x.grad == 50_001
+
+
+def test_no_grad_records_nothing():
+    x = leaf(1.0)
+    with no_grad():
+        assert not multiply(x, x).requires_grad
+
+
+def test_walking_the_same_graph_twice_is_an_error():
+    x = leaf(1.0)
+    y = multiply(x, x)
+    y.backward()
+    with pytest.raises(RuntimeError, match="already walked"):
+        y.backward()
+
+
+def test_checkpoint_gives_the_same_gradients_to_inputs_parameters_and_outside_tensors():
+    def run(remember):
+        x, weight = leaf(0.5, -1.5), leaf(2.0, 3.0)
+        outside = multiply(weight, weight)              # made before, read inside, and used again after
+        def inside(t):
+            return nf.gelu(multiply(multiply(t, outside), weight))
+        y = remember(inside, x)
+        add(y, outside).backward(np.array([1.0, 2.0]))
+        return x.grad, weight.grad
+
+    for plain, again in zip(run(lambda f, x: f(x)), run(checkpoint)):
+        np.testing.assert_array_equal(plain, again)
+
+
+def test_checkpoint_draws_the_same_random_numbers_again():
+    rng = np.random.default_rng(0)
+    x = leaf(*np.ones(1000))
+    def drop(t):
+        return multiply(t, rng.random(1000) < 0.5)
+    y = checkpoint(drop, x, rng=rng)
+    after = rng.bit_generator.state
+    y.backward(np.ones(1000))
+    np.testing.assert_array_equal(x.grad, y.data)
+    assert rng.bit_generator.state == after
+
+
+def test_checkpoint_draws_the_same_numbers_when_nested():
+    def run(remember):
+        rng = np.random.default_rng(0)
+        x, weight = leaf(*np.linspace(-1, 1, 50)), leaf(*np.linspace(1, 2, 50))
+        def drop(t):
+            return multiply(t, rng.random(50) < 0.5)
+        def inner(t):
+            return drop(multiply(drop(t), weight))
+        def outer(t):
+            return multiply(remember(inner, drop(t), rng=rng), weight)
+        y = remember(outer, x, rng=rng)
+        y = multiply(y, remember(outer, y, rng=rng))
+        y.backward(np.ones(50))
+        return y.data, x.grad, weight.grad
+
+    for plain, again in zip(run(lambda f, x, rng: f(x)), run(checkpoint)):
+        np.testing.assert_array_equal(plain, again)
+
+
+def test_checkpoint_of_a_function_with_several_outputs():
+    def run(remember, use):
+        x, weight = leaf(0.5, -1.5), leaf(2.0, 3.0)
+        a, b = remember(lambda t: (multiply(t, weight), add(t, t)), x)
+        use(a, b).backward(np.array([1.0, 2.0]))
+        return x.grad, weight.grad
+
+    for use in (multiply, lambda a, b: a):
+        for plain, again in zip(run(lambda f, x: f(x), use), run(checkpoint, use)):
+            np.testing.assert_array_equal(plain, again)
+
+
+def test_checkpoint_reads_parameters_though_its_inputs_need_no_gradient():
+    weight = leaf(2.0, 3.0)
+    checkpoint(lambda t: multiply(t, weight), Tensor(np.array([5.0, 7.0]))).backward(np.ones(2))
+    np.testing.assert_array_equal(weight.grad, [5.0, 7.0])
+
+
+def test_a_gradient_delivered_to_two_tensors_is_never_written_to():
+    a, b = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    s = add(a, b)                                   # hands one array to both
+    add(add(s, a), add(a, multiply(b, b))).backward(np.ones(2))
+    np.testing.assert_array_equal(a.grad, [3.0, 3.0])
+    np.testing.assert_array_equal(b.grad, 1 + 2 * b.data)
+    assert not np.shares_memory(a.grad, b.grad)
+
+
+def test_the_gradient_given_to_backward_is_not_kept():
+    x, g = leaf(1.0, 2.0), np.ones(2)
+    x.backward(g)
+    x.backward(g)
+    np.testing.assert_array_equal(g, 1)
+    np.testing.assert_array_equal(x.grad, 2)
+
+
+def test_a_gradient_of_a_wrong_shape_is_an_error():
+    x = leaf(1.0, 2.0)
+    with pytest.raises(ValueError, match="shape"):
+        apply(lambda a: (a, None), lambda d, s: (d[:1],), x).backward(np.ones(2))
+    with pytest.raises(ValueError, match=r"must have shape \(2,\)"):
+        x.backward(np.ones(3))
+
+
+def test_only_floats_have_gradients():
+    with pytest.raises(TypeError, match="int64"):
+        Tensor(np.arange(3), requires_grad=True)
+
+
+def test_no_grad_nests_and_decorates():
+    x, block = leaf(1.0), no_grad()
+    with block:
+        with block:
+            pass
+        assert not multiply(x, x).requires_grad
+    assert multiply(x, x).requires_grad
+    assert not no_grad()(lambda: multiply(x, x))().requires_grad
+
+
+def test_a_tensor_is_described_as_an_array_is():
+    x = Tensor(np.zeros((2, 3), np.float32))
+    assert (x.shape, x.dtype, x.ndim, x.size, len(x)) == ((2, 3), np.float32, 2, 6, 2)
+    assert Tensor(np.array([2.5])).item() == 2.5 and float(Tensor(np.array(2.5))) == 2.5
+    assert np.asarray(x) is x.data and not leaf(1.0).detach().requires_grad
+    with pytest.raises(TypeError, match="detach"):
+        np.asarray(leaf(1.0))
