@@ -11,3 +11,37 @@ def gelu(x, approximate="none"):
     if approximate == "none":
         return 0.5 * x * _erfc(-x / math.sqrt(2)) if x.size else x
     return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def moe_route(logits, top_k, score="softmax", normalize=True, bias=None, num_groups=1, top_groups=1, scale=1.0):
+    """(weight, expert_index, scores), token by token."""
+    z = np.asarray(logits, np.float64)
+    scores = softmax(z) if score == "softmax" else 1 / (1 + np.exp(-z))
+    weight, index = np.zeros((len(z), top_k)), np.zeros((len(z), top_k), int)
+    for t, s in enumerate(scores):
+        choice = s if bias is None else s + bias
+        groups = choice.reshape(num_groups, -1)
+        best = np.sort(groups, axis=1)[:, ::-1][:, : 1 if score == "softmax" else 2].sum(1)
+        allowed = np.zeros(groups.shape, bool)
+        allowed[np.argsort(-best, kind="stable")[:top_groups]] = True
+        index[t] = np.argsort(np.where(allowed.ravel(), -choice, np.inf), kind="stable")[:top_k]
+        weight[t] = s[index[t]]
+        if normalize:
+            weight[t] /= weight[t].sum() + (1e-20 if score == "sigmoid" else 0)
+    return weight * scale, index, scores
+
+
+def moe_mlp(x, weight, index, gate_up, down, kept=None):
+    """Every token through its experts, one at a time. kept (T, k): False where a slot was dropped."""
+    y = np.zeros((len(x), down.shape[1]))
+    for t in range(len(x)):
+        for j, e in enumerate(index[t]):
+            if e >= 0 and (kept is None or kept[t, j]):
+                gate, up = np.split(gate_up[e].astype(np.float64) @ x[t], 2)
+                y[t] += weight[t, j] * (down[e].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up))
+    return y

@@ -41,6 +41,43 @@ typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
 #define NF_KERNELS_attention(K)
 #define NF_PLAIN_KERNELS_attention(K)
 
+/* ---- moe: routing, and the sums over a token's experts ---- */
+
+typedef struct {
+    size_t experts, top_k;
+    size_t groups, top_groups; /* experts / groups to a group; the best groups stay */
+    int sigmoid;               /* scores are sigmoids, else a softmax */
+    int normalize;             /* the chosen scores are divided by their sum */
+    double scale;
+    const void *bias; /* (experts), added to the scores for the choice alone; or NULL */
+} nf_moe_router;
+
+/* One token: logits (experts) to scores (experts), expert (top_k), weight (top_k).
+   `scratch`: 4 * experts elements. */
+typedef void nf_moe_route_kernel(const nf_moe_router *router, const void *logits,
+                                 void *scores, int64_t *expert, void *weight,
+                                 void *scratch);
+
+/* Its gradient; dscores may be NULL. */
+typedef void nf_moe_route_backward_kernel(const nf_moe_router *router, const void *scores,
+                                          const int64_t *expert, const void *dweight,
+                                          const void *dscores, void *dlogits);
+
+/* out[i] = sum_j weight[j] rows[j][i] in ascending j, j < count; weight NULL: all 1. */
+typedef void nf_moe_gather_sum_kernel(const void *const *rows, const void *weight,
+                                      size_t count, void *out, size_t n);
+
+/* drow = weight * dy, *dweight = sum(dy * row). */
+typedef void nf_moe_scatter_kernel(const void *dy, const void *row, const void *weight,
+                                   void *drow, void *dweight, size_t n);
+
+#define NF_KERNELS_moe(K)                                                                  \
+    K(moe_route, nf_moe_route_kernel)                                                      \
+    K(moe_route_backward, nf_moe_route_backward_kernel)                                    \
+    K(moe_gather_sum, nf_moe_gather_sum_kernel)                                            \
+    K(moe_scatter, nf_moe_scatter_kernel)
+#define NF_PLAIN_KERNELS_moe(K)
+
 /* ---- quant: quantized weights ---- */
 
 #define NF_KERNELS_quant(K)
@@ -70,6 +107,7 @@ enum { NF_ROOF_SUMS = 12 }; /* independent chains: the latency of an FMA times t
     F(rowwise, isa)                                                                        \
     F(gemm, isa)                                                                           \
     F(attention, isa)                                                                      \
+    F(moe, isa)                                                                            \
     F(quant, isa)                                                                          \
     F(roof, isa)
 

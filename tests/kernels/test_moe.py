@@ -1,0 +1,267 @@
+import numpy as np
+import pytest
+
+import numformer as nf
+from numformer import moe
+from tests import oracle
+
+ROUTERS = {
+    "mixtral": dict(top_k=2),
+    "switch": dict(top_k=1, normalize=False),
+    "deepseek-v2": dict(top_k=3, normalize=False, num_groups=4, top_groups=2, scale=16.0),
+    "deepseek-v3": dict(top_k=3, score="sigmoid", num_groups=4, top_groups=2, scale=2.5),
+    "sigmoid": dict(top_k=2, score="sigmoid", normalize=False),
+}
+
+
+def normal(*shape, dtype=np.float64, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def slope(f, x, dy, step=1e-5):
+    """d(sum(f() * dy))/dx by central differences; f reads x, which is changed in place."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        before = x[i]
+        x[i] = before + step
+        high = (f() * dy).sum()
+        x[i] = before - step
+        gradient[i] = (high - (f() * dy).sum()) / (2 * step)
+        x[i] = before
+    return gradient
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("tokens, dtype", [(1, np.float32), (33, np.float32), (97, np.float64)])
+def test_routers_match_the_formulas(router, tokens, dtype):
+    logits = normal(tokens, 16, dtype=dtype)
+    options = dict(ROUTERS[router])
+    if router == "deepseek-v3":
+        options["bias"] = normal(16, dtype=dtype)
+    r = moe.route(logits, **options)
+    weight, index, scores = oracle.moe_route(logits, **options)
+    assert (r.expert_index == index).all()
+    np.testing.assert_allclose(r.weight, weight, rtol=2e-6)
+    np.testing.assert_allclose(r.probabilities, scores, rtol=2e-6)
+    assert r.weight.dtype == r.probabilities.dtype == dtype
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(0, 3, 1), (1, 1, 1), (1, 8, 2), (17, 5, 5), (64, 64, 3), (300, 4, 2)])
+def test_rows_are_sorted_by_expert_and_then_by_token(tokens, experts, k):
+    r = moe.route(normal(tokens, experts), k)
+    expected = np.argsort(r.expert_index.ravel(), kind="stable")
+    assert (r.source == expected // k).all()
+    assert (r.row.ravel()[expected] == np.arange(tokens * k)).all()
+    assert (r.counts == np.bincount(r.expert_index.ravel(), minlength=experts)).all()
+    assert (np.diff(r.offsets) == r.counts).all() and r.offsets[0] == 0
+    assert (r.chosen == r.counts).all()
+
+
+def test_ties_go_to_the_lowest_expert():
+    r = moe.route(np.zeros((2, 7), np.float32), 3)
+    assert (r.expert_index == [0, 1, 2]).all()
+
+
+def test_minus_infinity_takes_an_expert_out():
+    logits = np.array([[-np.inf, 1, -np.inf, 0]], np.float32)
+    r = moe.route(logits, 3)
+    assert (r.expert_index == [[1, 3, 0]]).all() and r.weight[0, 2] == 0 and np.isfinite(r.weight).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_and_infinity_spoil_their_own_token_alone(bad):
+    logits = normal(5, 4, dtype=np.float32)
+    clean = moe.route(logits, 2)
+    logits[2, 1] = bad
+    r = moe.route(logits, 2)
+    others = [0, 1, 3, 4]
+    assert np.isnan(r.weight[2]).all()
+    assert (r.weight[others] == clean.weight[others]).all()
+    assert ((r.expert_index >= 0) & (r.expert_index < 4)).all()
+    logits[2] = np.nan
+    assert (moe.route(logits, 2).expert_index[2] == [0, 1]).all()
+
+
+def test_capacity_drops_second_choices_and_late_tokens_first():
+    logits = np.array([[0, 9, 1], [9, 5, 0], [9, 0, 5], [9, 1, 0]], np.float32)     # 1 2, 0 1, 0 2, 0 1
+    r = moe.route(logits, 2, capacity=2)
+    assert (r.row == [[2, 4], [0, 3], [1, 5], [-1, -1]]).all()
+    assert (r.counts == [2, 2, 2]).all() and (r.chosen == [3, 3, 2]).all()
+    assert (r.source == [1, 2, 0, 1, 0, 2]).all()
+    y = moe.combine(moe.dispatch(normal(4, 3, dtype=np.float32), r), r)
+    assert (y[3] == 0).all() and (y[:3] != 0).all()
+    assert len(moe.route(logits, 2, capacity=0).source) == 0
+
+
+def test_padding_goes_nowhere_and_counts_nowhere():
+    logits, x = normal(20, 4), normal(20, 5)
+    mask = np.arange(20) % 3 != 1
+    logits[~mask] = np.nan
+    r, compact = moe.route(logits, 2, capacity=5, token_mask=mask), moe.route(logits[mask], 2, capacity=5)
+    assert (r.counts == compact.counts).all() and r.tokens == compact.tokens == mask.sum()
+    assert (r.expert_index[~mask] == -1).all() and (r.row[~mask] == -1).all() and (r.weight[~mask] == 0).all()
+    assert (moe.dispatch(x, r) == moe.dispatch(x[mask], compact)).all()
+    assert moe.load_balancing_loss(r) == moe.load_balancing_loss(compact)
+    assert moe.router_z_loss(logits, token_mask=mask) == pytest.approx(moe.router_z_loss(logits[mask]))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("width", [1, 3, 16, 33, 97])
+def test_dispatch_and_combine_move_rows_there_and_back(dtype, width):
+    x, r = normal(31, width, dtype=dtype), moe.route(normal(31, 6, dtype=dtype), 3)
+    rows = moe.dispatch(x, r)
+    assert rows.dtype == dtype and (rows == x[r.source]).all()
+    y = normal(93, width, dtype=dtype)
+    expected = (y[r.row].astype(np.float64) * r.weight[:, :, None]).sum(1)
+    np.testing.assert_allclose(moe.combine(y, r), expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(moe.combine(rows, r), x, rtol=0, atol=2e-6)
+
+
+def test_bits_do_not_depend_on_threads_strides_or_company(threads):
+    logits, x = normal(3000, 9, dtype=np.float32), normal(3000, 101, dtype=np.float32)
+    r = moe.route(logits, 2)
+    y = normal(6000, 101, dtype=np.float32)
+    whole, rows = moe.combine(y, r), moe.dispatch(x, r)
+    threads(1)
+    again = moe.route(np.asfortranarray(logits), 2)
+    for name in ("weight", "probabilities", "row", "source"):
+        assert (getattr(again, name) == getattr(r, name)).all()
+    assert (moe.combine(np.asfortranarray(y), again) == whole).all()
+    assert (moe.dispatch(np.repeat(x, 2, axis=1)[:, ::2], again) == rows).all()
+    alone = moe.route(logits[1234:1235], 2)
+    assert (alone.weight == r.weight[1234]).all() and (alone.probabilities == r.probabilities[1234]).all()
+    assert (moe.combine(y[r.row[1234]][np.argsort(r.expert_index[1234])], alone) == whole[1234]).all()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_router_gradients_are_the_slopes(router):
+    logits = normal(5, 8)
+    options = dict(ROUTERS[router])
+    dweight, dprobabilities = normal(5, options["top_k"]), normal(5, 8, seed=1)
+    for name, dy in ("weight", dweight), ("probabilities", dprobabilities):
+        x = nf.Tensor(logits, requires_grad=True)
+        getattr(moe.route(x, **options), name).backward(dy)
+        expected = slope(lambda: getattr(moe.route(logits, **options), name), logits, dy)  # noqa: B023
+        np.testing.assert_allclose(x.grad, expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("capacity", [None, 3])
+def test_dispatch_and_combine_gradients_are_the_slopes(capacity):
+    x, logits = normal(7, 5), normal(7, 4)
+    mask = np.arange(7) != 4
+    dy = normal(7, 5, seed=1)
+    xt, lt = nf.Tensor(x, requires_grad=True), nf.Tensor(logits, requires_grad=True)
+    r = moe.route(lt, 2, capacity=capacity, token_mask=mask)
+    moe.combine(moe.dispatch(xt, r), r).backward(dy)
+
+    def value():
+        r = moe.route(logits, 2, capacity=capacity, token_mask=mask)
+        return moe.combine(moe.dispatch(x, r), r)
+
+    np.testing.assert_allclose(xt.grad, slope(value, x, dy), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(lt.grad, slope(value, logits, dy), rtol=1e-6, atol=1e-9)
+
+
+def test_a_broadcast_gradient_is_read_as_it_stands():
+    r = moe.route(normal(7, 4), 2)
+    _, saved = nf.ops.moe.combine_forward(normal(14, 5), r.weight, routing=r)
+    one = np.broadcast_to(np.float64(2), (7, 5))
+    for a, b in zip(nf.ops.moe.combine_backward(one, saved), nf.ops.moe.combine_backward(one.copy(), saved)):
+        assert (a == b).all()
+    assert (nf.ops.moe.dispatch_backward(np.broadcast_to(np.float64(1), (14, 5)), r.order)[0] == 2).all()
+
+
+@pytest.mark.parametrize("form, at_balance", [("switch", 1.0), ("mixtral", 2.0)])
+def test_the_balancing_loss_at_balance(form, at_balance):
+    logits = np.tile(np.eye(4) + np.roll(np.eye(4), 1, axis=1), (4, 1)) * 1e-9
+    assert moe.load_balancing_loss(moe.route(logits, 2), form=form) == pytest.approx(at_balance)
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", ["switch", "mixtral"])
+def test_auxiliary_losses_and_their_gradients(score, form):
+    logits = normal(9, 4)
+    mask = np.arange(9) != 3
+    options = dict(top_k=2, score=score, capacity=2, token_mask=mask)
+
+    def value():
+        r = moe.route(logits, **options)
+        return moe.load_balancing_loss(r, form=form) + 3 * moe.router_z_loss(logits, token_mask=mask)
+
+    _, index, p = oracle.moe_route(logits[mask], 2, score)
+    p = p / p.sum(1, keepdims=True)
+    share = np.bincount(index.ravel(), minlength=4) / (16 if form == "switch" else 8)
+    z = np.log(np.exp(logits[mask]).sum(1))
+    np.testing.assert_allclose(value(), 4 * (share * p.mean(0)).sum() + 3 * (z**2).mean(), rtol=1e-12)
+
+    x = nf.Tensor(logits, requires_grad=True)
+    moe.load_balancing_loss(moe.route(x, **options), form=form).backward()
+    moe.router_z_loss(x, token_mask=mask).backward(np.array(3.0))
+    np.testing.assert_allclose(x.grad, slope(value, logits, np.ones(())), rtol=1e-6, atol=1e-9)
+
+
+def test_experts_choose_their_tokens():
+    logits = normal(12, 4)
+    mask = np.arange(12) != 5
+    dy = normal(12, 3, seed=1)
+    x = normal(12, 3)
+
+    def value(z):
+        r = moe.route_expert_choice(z, 3, token_mask=mask)
+        return moe.combine(moe.dispatch(x, r), r)
+
+    r = moe.route_expert_choice(logits, 3, token_mask=mask)
+    assert (r.counts == 3).all() and (r.row[5] == -1).all()
+    p = oracle.softmax(logits)
+    for e in range(4):
+        rows = r.source[r.offsets[e]: r.offsets[e + 1]]
+        assert (rows == np.sort(np.argsort(np.where(mask, -p[:, e], 1), kind="stable")[:3])).all()
+    z = nf.Tensor(logits, requires_grad=True)
+    value(z).backward(dy)
+    np.testing.assert_allclose(z.grad, slope(lambda: value(logits), logits, dy), rtol=1e-6, atol=1e-9)
+
+
+def test_no_token_at_all():
+    r = moe.route(np.zeros((0, 4), np.float32), 2)
+    x = nf.Tensor(np.zeros((0, 6), np.float32), requires_grad=True)
+    y = moe.combine(moe.dispatch(x, r), r)
+    assert y.data.shape == (0, 6)
+    y.backward(np.zeros((0, 6), np.float32))
+    assert x.grad.shape == (0, 6)
+    assert moe.load_balancing_loss(r) == 0 and moe.router_z_loss(np.zeros((0, 4))) == 0
+
+
+@pytest.mark.parametrize("options, error, message", [
+    (dict(top_k=0), ValueError, "top_k"),
+    (dict(top_k=5), ValueError, "top_k"),
+    (dict(top_k=2, score="relu"), ValueError, "score"),
+    (dict(top_k=2, num_groups=3), ValueError, "num_groups"),
+    (dict(top_k=2, num_groups=4, top_groups=1), ValueError, "top_groups"),
+    (dict(top_k=2, bias=np.zeros(3)), ValueError, "bias"),
+    (dict(top_k=2, bias=np.zeros(4, np.float32)), TypeError, "bias"),
+    (dict(top_k=2, token_mask=np.ones(3)), TypeError, "token_mask"),
+    (dict(top_k=2, token_mask=np.ones(2, bool)), ValueError, "token_mask"),
+    (dict(top_k=2, capacity=-1), ValueError, "capacity"),
+])
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        moe.route(np.zeros((3, 4)), **options)
+
+
+def test_bad_arrays_are_named():
+    r = moe.route(np.zeros((3, 4)), 2)
+    with pytest.raises(ValueError, match="logits"):
+        moe.route(np.zeros(4), 2)
+    with pytest.raises(TypeError, match="float32 or float64"):
+        moe.route(np.zeros((3, 4), int), 2)
+    with pytest.raises(ValueError, match=r"dispatch: x must have shape \(3, 5\)"):
+        moe.dispatch(np.zeros((4, 5)), r)
+    with pytest.raises(ValueError, match=r"combine: y must have shape \(6, 5\)"):
+        moe.combine(np.zeros((3, 5)), r)
+    with pytest.raises(TypeError, match="same dtype"):
+        moe.combine(np.zeros((6, 5), np.float32), r)
+    with pytest.raises(ValueError, match="form"):
+        moe.load_balancing_loss(r, form="gshard")
+    r.row[0, 0] = 1000
+    with pytest.raises(ValueError, match="contradict"):
+        moe.dispatch(np.zeros((3, 5)), r)
