@@ -45,3 +45,16 @@ def moe_mlp(x, weight, index, gate_up, down, kept=None):
                 gate, up = np.split(gate_up[e].astype(np.float64) @ x[t], 2)
                 y[t] += weight[t, j] * (down[e].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up))
     return y
+def ulps(got, want):
+    """The error of `got` in units of the last place of `want`, a float64 array of more precise values. What is
+    beyond the largest number must be inf."""
+    got, want, info = np.asarray(got), np.asarray(want, np.float64), np.finfo(np.asarray(got).dtype)
+    with np.errstate(over="ignore"):
+        rounded = want.astype(got.dtype)
+    finite = np.isfinite(got) & np.isfinite(rounded)
+    exponent = np.frexp(np.where(finite, want, 1))[1] - 1
+    unit = np.ldexp(1.0, np.maximum(exponent, info.minexp) - info.nmant)
+    with np.errstate(invalid="ignore"):
+        error = np.abs(np.where(finite, got, 0).astype(np.float64) - np.where(finite, want, 0)) / unit
+        same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
+    return np.where(finite, error, np.where(same, 0, np.inf))

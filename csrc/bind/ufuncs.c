@@ -1,5 +1,6 @@
 /* Every elementwise kernel as a NumPy ufunc: broadcasting, casting, out=, where=, strides and
    overlapping arrays are NumPy's work, not ours. */
+#include <fenv.h>
 #include <string.h>
 
 #include "bind/families.h"
@@ -50,15 +51,21 @@ static void
 loop(char **args, const npy_intp *dimensions, const npy_intp *steps, void *data)
 {
     const loop_data *d = data;
+    int contiguous = 1;
     for (int k = 0; k <= d->inputs; k++) {
-        if (steps[k] != (npy_intp)d->itemsize) {
-            strided_loop(d, args, dimensions[0], steps);
-            return;
-        }
+        contiguous &= steps[k] == (npy_intp)d->itemsize;
     }
-    /* No scratch memory is asked for, so this cannot fail. */
-    (void)nf_elementwise(*d->kernel, d->inputs, d->itemsize, (const void *const *)args,
-                         args[d->inputs], (size_t)dimensions[0]);
+    if (contiguous) {
+        /* No scratch memory is asked for, so this cannot fail. */
+        (void)nf_elementwise(*d->kernel, d->inputs, d->itemsize, (const void *const *)args,
+                             args[d->inputs], (size_t)dimensions[0]);
+    }
+    else {
+        strided_loop(d, args, dimensions[0], steps);
+    }
+    /* Lanes whose result is not taken raise flags too, and other threads' flags are not seen
+       here: NumPy would warn by chance. */
+    feclearexcept(FE_ALL_EXCEPT);
 }
 
 typedef struct {

@@ -12,6 +12,7 @@
 #define I         int32_t
 #define vT        vf32
 #define vI        vi32
+#define vU        vu32
 #define NF_TYPE   f32
 #define NF_SINGLE 1
 #define NF_LANES  (NF_BYTES / 4)
@@ -27,6 +28,7 @@
 #undef I
 #undef vT
 #undef vI
+#undef vU
 #undef NF_TYPE
 #undef NF_SINGLE
 #undef NF_LANES
@@ -36,6 +38,7 @@
 #define I         int64_t
 #define vT        vf64
 #define vI        vi64
+#define vU        vu64
 #define NF_TYPE   f64
 #define NF_SINGLE 0
 #define NF_LANES  (NF_BYTES / 8)
@@ -51,6 +54,7 @@
 #undef I
 #undef vT
 #undef vI
+#undef vU
 #undef NF_TYPE
 #undef NF_SINGLE
 #undef NF_LANES

@@ -6,7 +6,7 @@
        NF_BYTES    width of a vector: 16, 32 or 64
    and, per element type (see instantiate.h),
        T, I        element type and the signed integer of its width
-       vT, vI      vectors of NF_LANES of them
+       vT, vI, vU  vectors of NF_LANES of them, and of unsigned integers
        NF_TYPE     suffix of the element type: f32 or f64
        NF_SINGLE   1 for f32, 0 for f64
        NF_IOTA     the vI of lane numbers
@@ -48,6 +48,7 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_fma_f32(a, b, c), nf_fms_f32(a, b, c)      a*b +- c in one rounding, also where the
                                                      compiler would share a*b
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
+       nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
        nf_dot_u8s8(sum, a, b)                        sums of four products of bytes
    and the sizes of the register tile of a matrix product, rows by vectors:

@@ -79,6 +79,8 @@ nf_min_f64(vf64 a, vf64 b)
     return (vf64)_mm256_min_pd((__m256d)b, (__m256d)a);
 }
 
+#include "isa/scale.h"
+
 NF_INLINE vf32
 nf_lookup_f32(const float table[32], vi32 index)
 {

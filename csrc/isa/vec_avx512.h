@@ -80,6 +80,18 @@ nf_min_f64(vf64 a, vf64 b)
 }
 
 NF_INLINE vf32
+nf_scale_f32(vf32 v, vf32 n)
+{
+    return (vf32)_mm512_scalef_ps((__m512)v, (__m512)n);
+}
+
+NF_INLINE vf64
+nf_scale_f64(vf64 v, vf64 n)
+{
+    return (vf64)_mm512_scalef_pd((__m512d)v, (__m512d)n);
+}
+
+NF_INLINE vf32
 nf_lookup_f32(const float table[32], vi32 index)
 {
     return (vf32)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index,

@@ -90,6 +90,8 @@ nf_min_f64(vf64 a, vf64 b)
     return (vf64)(((vi64)b & where) | ((vi64)a & ~where));
 }
 
+#include "isa/scale.h"
+
 NF_INLINE vf32
 nf_lookup_f32(const float table[32], vi32 index)
 {

@@ -20,10 +20,21 @@
 typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
 
 #define NF_KERNELS_elementwise(K)                                                          \
+    K(exp, nf_elementwise_kernel, 1)                                                       \
+    K(expm1, nf_elementwise_kernel, 1)                                                     \
+    K(log, nf_elementwise_kernel, 1)                                                       \
+    K(tanh, nf_elementwise_kernel, 1)                                                      \
+    K(sigmoid, nf_elementwise_kernel, 1)                                                   \
+    K(relu, nf_elementwise_kernel, 1)                                                      \
+    K(relu_backward, nf_elementwise_kernel, 2)                                             \
+    K(silu, nf_elementwise_kernel, 1)                                                      \
+    K(silu_backward, nf_elementwise_kernel, 2)                                             \
     K(gelu_erf, nf_elementwise_kernel, 1)                                                  \
     K(gelu_erf_backward, nf_elementwise_kernel, 2)                                         \
     K(gelu_tanh, nf_elementwise_kernel, 1)                                                 \
-    K(gelu_tanh_backward, nf_elementwise_kernel, 2)
+    K(gelu_tanh_backward, nf_elementwise_kernel, 2)                                        \
+    K(gelu_quick, nf_elementwise_kernel, 1)                                                \
+    K(gelu_quick_backward, nf_elementwise_kernel, 2)
 #define NF_PLAIN_KERNELS_elementwise(K)
 
 /* ---- rowwise: norms, softmaxes, losses, embedding, rotary ---- */

@@ -18,10 +18,21 @@ def get_isa() -> str: ...
 def cap_isa(name: str, /) -> str: ...
 
 # elementwise
+exp: np.ufunc
+expm1: np.ufunc
+log: np.ufunc
+tanh: np.ufunc
+sigmoid: np.ufunc
+relu: np.ufunc
+relu_backward: np.ufunc
+silu: np.ufunc
+silu_backward: np.ufunc
 gelu_erf: np.ufunc
 gelu_erf_backward: np.ufunc
 gelu_tanh: np.ufunc
 gelu_tanh_backward: np.ufunc
+gelu_quick: np.ufunc
+gelu_quick_backward: np.ufunc
 
 # mixture of experts; order: (offsets, source, row)
 _Order = tuple[np.ndarray, np.ndarray, np.ndarray]
