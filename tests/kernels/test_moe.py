@@ -221,7 +221,107 @@ def test_experts_choose_their_tokens():
     np.testing.assert_allclose(z.grad, slope(lambda: value(logits), logits, dy), rtol=1e-6, atol=1e-9)
 
 
+def experts(e, inner, d, dtype=np.float64):
+    return normal(e, 2 * inner, d, dtype=dtype) / dtype(d**0.5), normal(e, d, inner, dtype=dtype) / dtype(inner**0.5)
+
+
+@pytest.mark.parametrize("tokens, e, inner, d, k, capacity", [
+    (1, 1, 1, 1, 1, None), (1, 8, 33, 16, 2, None), (2, 3, 16, 17, 3, None), (65, 8, 31, 33, 2, None),
+    (130, 3, 97, 15, 2, None), (40, 64, 8, 8, 2, None), (33, 4, 16, 16, 2, 5), (5, 2, 513, 400, 1, None)])
+def test_mlp_is_each_token_through_its_experts(tokens, e, inner, d, k, capacity):
+    for dtype in np.float32, np.float64:
+        x, (gate_up, down) = normal(tokens, d, dtype=dtype), experts(e, inner, d, dtype)
+        r = moe.route(normal(tokens, e, dtype=dtype), k, capacity=capacity)
+        y = moe.mlp(x, r, gate_up, down)
+        expected = oracle.moe_mlp(x, r.weight, r.expert_index, gate_up, down, r.row >= 0)
+        assert y.dtype == dtype
+        np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 if dtype == np.float32 else 1e-13)
+
+
+@pytest.mark.xfail(reason="the products are still NumPy's", strict=False)
+def test_mlp_bits_do_not_depend_on_threads_strides_or_company(threads):
+    x, (gate_up, down) = normal(200, 70, dtype=np.float32), experts(5, 65, 70, np.float32)
+    logits = normal(200, 5, dtype=np.float32) + np.array([2, 0, 0, 0, -9], np.float32)
+    r = moe.route(logits, 2)
+    whole = moe.mlp(x, r, gate_up, down)
+    assert r.counts[4] == 0
+    for t in 0, 77, 199:
+        assert (moe.mlp(x[t: t + 1], moe.route(logits[t: t + 1], 2), gate_up, down) == whole[t]).all()
+    some = slice(3, 12)
+    assert (moe.mlp(x[some], moe.route(logits[some], 2), gate_up, down) == whole[some]).all()
+    threads(1)
+    assert (moe.mlp(np.asfortranarray(x), r, np.asfortranarray(gate_up), np.asfortranarray(down)) == whole).all()
+
+
+def gradients(x, logits, gate_up, down, dy, options):
+    leaves = [nf.Tensor(a, requires_grad=True) for a in (x, logits, gate_up, down)]
+    moe.mlp(leaves[0], moe.route(leaves[1], **options), *leaves[2:]).backward(dy)
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("options", [dict(top_k=2), dict(top_k=2, capacity=3, token_mask=np.arange(6) != 2)])
+def test_mlp_gradients_are_the_slopes(options):
+    x, logits, dy = normal(6, 3), normal(6, 4), normal(6, 3, seed=1)
+    gate_up, down = experts(4, 5, 3)
+    got = gradients(x, logits, gate_up, down, dy, options)
+
+    def value():
+        return moe.mlp(x, moe.route(logits, **options), gate_up, down)
+
+    for gradient, array in zip(got, (x, logits, gate_up, down)):
+        np.testing.assert_allclose(gradient, slope(value, array, dy), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.xfail(reason="the products are still NumPy's", strict=False)
+def test_mlp_gradients_do_not_depend_on_threads_and_x_not_on_company(threads):
+    x, logits, dy = (normal(90, n, dtype=np.float32) for n in (70, 5, 71))
+    dy = dy[:, :70]
+    gate_up, down = experts(5, 65, 70, np.float32)
+    got = gradients(x, logits, gate_up, down, dy, dict(top_k=2))
+    threads(1)
+    for a, b in zip(got, gradients(x, logits, gate_up, down, dy, dict(top_k=2))):
+        assert (a == b).all()
+    alone = gradients(x[7:8], logits[7:8], gate_up, down, dy[7:8], dict(top_k=2))
+    assert (alone[0] == got[0][7]).all() and (alone[1] == got[1][7]).all()
+
+
+def test_mlp_gradients_match_torch():
+    torch = pytest.importorskip("torch")
+    x, logits, dy = (normal(40, n, dtype=np.float32) for n in (24, 6, 24))
+    dy = normal(40, 24, seed=1, dtype=np.float32)
+    gate_up, down = experts(6, 33, 24, np.float32)
+    leaves = [torch.tensor(a, requires_grad=True) for a in (x, logits, gate_up, down)]
+    tx, tl, tg, td = leaves
+    top, index = torch.softmax(tl, 1).topk(2)
+    top = top / top.sum(1, keepdim=True)
+    h = torch.einsum("tkid,td->tki", tg[index], tx)
+    gate, up = h.chunk(2, dim=-1)
+    y = torch.einsum("tkdi,tki->tkd", td[index], torch.nn.functional.silu(gate) * up)
+    (y * top[:, :, None]).sum(1).backward(torch.tensor(dy))
+    for mine, leaf in zip(gradients(x, logits, gate_up, down, dy, dict(top_k=2)), leaves):
+        np.testing.assert_allclose(mine, leaf.grad.numpy(), rtol=0, atol=5e-6)
+
+
+def test_bad_experts_are_named():
+    r, x = moe.route(np.zeros((3, 4)), 2), np.zeros((3, 6))
+    gate_up, down = np.zeros((4, 10, 6)), np.zeros((4, 6, 5))
+    for bad in np.zeros((4, 10, 5)), np.zeros((3, 10, 6)), np.zeros((4, 9, 6)), np.zeros((10, 6)):
+        with pytest.raises(ValueError, match="mlp: gate_up must have"):
+            moe.mlp(x, r, bad, down)
+    for bad in np.zeros((4, 5, 6)), np.zeros((5, 6, 5)), np.zeros(4):
+        with pytest.raises(ValueError, match="mlp: down must have"):
+            moe.mlp(x, r, gate_up, bad)
+    with pytest.raises(ValueError, match="activation"):
+        moe.mlp(x, r, gate_up, down, activation="relu")
+    with pytest.raises(TypeError, match="same dtype"):
+        moe.mlp(x, r, gate_up.astype(np.float32), down)
+    with pytest.raises(ValueError, match="x must have"):
+        moe.mlp(np.zeros((2, 6)), r, gate_up, down)
+
+
 def test_no_token_at_all():
+    y = moe.mlp(np.zeros((0, 6)), moe.route(np.zeros((0, 4)), 2), np.zeros((4, 10, 6)), np.zeros((4, 6, 5)))
+    assert y.shape == (0, 6)
     r = moe.route(np.zeros((0, 4), np.float32), 2)
     x = nf.Tensor(np.zeros((0, 6), np.float32), requires_grad=True)
     y = moe.combine(moe.dispatch(x, r), r)

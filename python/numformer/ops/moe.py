@@ -14,8 +14,8 @@ from numformer.tensor import apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
            "dispatch_forward", "load_balancing_loss", "load_balancing_loss_backward", "load_balancing_loss_forward",
-           "route", "route_backward", "route_expert_choice", "route_expert_choice_backward",
-           "route_expert_choice_forward", "route_forward", "router_z_loss", "router_z_loss_backward",
+           "mlp", "mlp_backward", "mlp_forward", "route", "route_backward", "route_expert_choice",
+           "route_expert_choice_backward", "route_expert_choice_forward", "route_forward", "router_z_loss", "router_z_loss_backward",
            "router_z_loss_forward"]
 
 
@@ -264,6 +264,74 @@ def combine(y, routing):
     (T, d) ndarray, or Tensor where `y` or ``routing.weight`` is one
     """
     return apply(combine_forward, combine_backward, y, routing.weight, routing=routing)
+
+
+def mlp_forward(x, weight, gate_up, down, *, routing, activation="swiglu"):
+    """Return ``(y, saved)``."""
+    if activation != "swiglu":
+        raise ValueError(f'mlp: activation must be "swiglu", got {activation!r}')
+    x, gate_up, down = as_floats(x, "mlp", "x"), as_floats(gate_up, "mlp", "gate_up"), as_floats(down, "mlp", "down")
+    same_dtype("mlp", x=x, weight=weight, gate_up=gate_up, down=down)
+    experts = len(routing.counts)
+    if gate_up.ndim != 3 or len(gate_up) != experts or gate_up.shape[1] % 2 or gate_up.shape[2:] != x.shape[1:]:
+        raise ValueError(f"mlp: gate_up must have shape ({experts}, 2 * I, {x.shape[-1]}), got {gate_up.shape}")
+    inner = gate_up.shape[1] // 2
+    if down.shape[::2] != (experts, inner):
+        raise ValueError(f"mlp: down must have shape ({experts}, d, {inner}), got {down.shape}")
+    rows = dispatch_forward(x, routing)[0]
+    hidden = np.empty((len(rows), 2 * inner), x.dtype)
+    y = np.empty((len(rows), down.shape[1]), x.dtype)
+    for e, (i, j) in enumerate(zip(routing.offsets[:-1], routing.offsets[1:])):
+        np.matmul(rows[i:j], gate_up[e].T, out=hidden[i:j])
+        gate, up = hidden[i:j, :inner], hidden[i:j, inner:]
+        np.matmul(gate / (1 + np.exp(-gate)) * up, down[e].T, out=y[i:j])
+    return _core.moe_combine(y, weight, routing.order), (x, weight, gate_up, down, hidden, routing)
+
+
+def mlp_backward(dy, saved):
+    """Return the gradients with respect to x, the weights, gate_up and down."""
+    x, weight, gate_up, down, hidden, routing = saved
+    rows, drows = dispatch_forward(x, routing)[0], dispatch_forward(dy, routing)[0]
+    inner = down.shape[2]
+    dgate_up, ddown, dx = np.zeros_like(gate_up), np.zeros_like(down), np.empty_like(rows)
+    row_weight, row_dweight = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
+    kept = routing.row >= 0
+    row_weight[routing.row[kept]] = weight[kept]
+    for e, (i, j) in enumerate(zip(routing.offsets[:-1], routing.offsets[1:])):
+        gate, up, s = hidden[i:j, :inner], hidden[i:j, inner:], row_weight[i:j, None]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        dacted = drows[i:j] @ down[e]
+        acted = gate * sigmoid * up
+        row_dweight[i:j] = (dacted * acted).sum(1)
+        ddown[e] = drows[i:j].T @ (s * acted)
+        dacted *= s
+        dhidden = np.concatenate([dacted * up * (sigmoid * (1 + gate * (1 - sigmoid))), dacted * gate * sigmoid], 1)
+        dgate_up[e] = dhidden.T @ rows[i:j]
+        np.matmul(dhidden, gate_up[e], out=dx[i:j])
+    dweight = np.zeros_like(weight)
+    dweight[kept] = row_dweight[routing.row[kept]]
+    return _core.moe_dispatch_backward(dx, routing.order), dweight, dgate_up, ddown
+
+
+def mlp(x, routing, gate_up, down, *, activation="swiglu"):
+    """Every token through its experts: y_t = sum_j w_tj down_e (silu(gate_e x_t) * (up_e x_t)), e of slot j.
+
+    Parameters
+    ----------
+    x : (T, d) array_like or Tensor, float32 or float64
+    routing : Routing
+        Of the same dtype.
+    gate_up : (E, 2 * I, d) array_like or Tensor
+        Both first matrices of each expert, gate first, as Hugging Face keeps them (``experts.gate_up_proj``).
+    down : (E, d, I) array_like or Tensor
+    activation : {"swiglu"}
+
+    Returns
+    -------
+    (T, d) ndarray, or Tensor where an operand is one
+        A token's bits do not depend on the other tokens. Dropped slots add nothing.
+    """
+    return apply(mlp_forward, mlp_backward, x, routing.weight, gate_up, down, routing=routing, activation=activation)
 
 
 def load_balancing_loss_forward(probabilities, *, chosen, top_k, tokens, form="switch", score="softmax"):
