@@ -22,3 +22,7 @@ from numformer.ops.gelu import gelu as gelu
 from numformer.tensor import Tensor as Tensor
 from numformer.tensor import checkpoint as checkpoint
 from numformer.tensor import no_grad as no_grad
+
+# after the ops, which they are made of
+from numformer import nn as nn  # isort: skip
+from numformer import models as models  # isort: skip

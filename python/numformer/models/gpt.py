@@ -1,0 +1,315 @@
+"""GPT: a decoder-only transformer, dense or with mixtures of experts, that one person can read in one sitting.
+
+    x = embedding[tokens] * sqrt(n_embd)
+    for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+    logits = norm(x) @ embedding.T
+
+Defaults are what learned fastest in a small study: rotary positions, RMSNorm, SwiGLU, no biases, tied embedding, Xavier
+weights with the residual projections divided by sqrt(2 n_layer). ``init="gpt2"`` is the alternative: N(0, 0.02),
+residual projections 0.02 / sqrt(2 n_layer), and no factor on the embedding.
+"""
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+import numformer as nf
+from numformer.models.pretrained import Pretrained
+from numformer.models.sampling import check_options, sample
+from numformer.nn import MLP, Dropout, Embedding, KVCache, LayerNorm, Module, MultiHeadAttention, RMSNorm, rotary_tables
+from numformer.nn.layers import project
+from numformer.tensor import Tensor, is_recording
+
+__all__ = ["GPT", "GPTConfig"]
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a :class:`GPT`.
+
+    Attributes
+    ----------
+    vocab_size, block_size : int
+        Tokens known, and positions at most.
+    n_layer, n_head, n_embd : int
+    n_kv_head : int, optional
+        Heads of keys and values (grouped queries); n_head where None.
+    layer_heads : list of (n_head, n_kv_head), optional
+        Heads of each layer where they differ (after pruning); the size of a head stays n_embd / n_head.
+    n_inner : int, optional
+        Hidden features that a token passes in each feed-forward layer: 3 n_embd (swiglu) or 4 n_embd (gelu) where None.
+    n_expert : int
+        0: dense. Otherwise each feed-forward layer has so many SwiGLU experts of n_inner / top_k features, so that a
+        token passes through as many parameters as in the dense model.
+    top_k : int
+        Experts that each token goes to.
+    position : {"rotary", "learned"}
+    dropout : float
+        Of the embedding, the attention weights and what the layers add, in training mode.
+    norm : {"rms", "layer"}
+    activation : {"swiglu", "gelu", "gelu_tanh"}
+    bias : bool
+    tie_embedding : bool
+        Use the embedding as the weight of the last layer too.
+    init : {"xavier", "gpt2"}
+    rope_theta : float
+    load_balancing : float
+        Weight of the experts' load-balancing loss (mean over the layers, Switch form) in :meth:`GPT.loss`.
+    dtype : {"float32", "float64"}
+    """
+
+    vocab_size: int
+    block_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    n_kv_head: int | None = None
+    layer_heads: list | None = None
+    n_inner: int | None = None
+    n_expert: int = 0
+    top_k: int = 2
+    position: str = "rotary"
+    dropout: float = 0.0
+    norm: str = "rms"
+    activation: str = "swiglu"
+    bias: bool = False
+    tie_embedding: bool = True
+    init: str = "xavier"
+    rope_theta: float = 10000.0
+    load_balancing: float = 0.01
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        choices = {"position": ("rotary", "learned"), "norm": ("rms", "layer"), "init": ("xavier", "gpt2"),
+                   "activation": ("swiglu", "gelu", "gelu_tanh"), "dtype": ("float32", "float64")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"GPTConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig: {name} must be 1 or more, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(f"GPTConfig: rotary positions need an even head size, got {self.n_embd // self.n_head}")
+        if self.n_expert and self.activation != "swiglu":
+            raise ValueError(f"GPTConfig: experts are SwiGLU, got activation {self.activation!r}")
+        if self.n_expert and self.top_k > self.n_expert:
+            raise ValueError(f"GPTConfig: top_k must be at most n_expert, got {self.top_k} and {self.n_expert}")
+        if self.n_inner is None:
+            self.n_inner = self.n_embd * (3 if self.activation == "swiglu" else 4)
+
+
+class Block(Module):
+    """One layer: attention, then the feed-forward part, each on a normalized copy and added to the stream."""
+
+    def __init__(self, config, layer, rng):
+        c = config
+        n_head, n_kv_head = c.layer_heads[layer] if c.layer_heads else (c.n_head, c.n_kv_head)
+        self.norm_1 = _norm(c)
+        self.attention = MultiHeadAttention(c.n_embd, n_head, n_kv_head, head_dim=c.n_embd // c.n_head, bias=c.bias,
+                                            dropout=c.dropout, rng=rng, dtype=np.dtype(c.dtype))
+        self.norm_2 = _norm(c)
+        if c.n_expert:
+            self.mlp = nf.nn.MoE(c.n_embd, c.n_inner // c.top_k, c.n_expert, c.top_k, rng=rng, dtype=np.dtype(c.dtype))
+        else:
+            self.mlp = MLP(c.n_embd, c.n_inner, activation=c.activation, bias=c.bias, rng=rng, dtype=np.dtype(c.dtype))
+        self.drop = Dropout(c.dropout, rng=rng)
+
+    def __call__(self, x, rotary, cache, layer):
+        if self.training and self.drop.p:
+            x = x + self.drop(self.attention(self.norm_1(x), rotary, cache, layer))
+            return x + self.drop(self.mlp(self.norm_2(x)))
+        x = self.attention(self.norm_1(x), rotary, cache, layer, residual=x)
+        return self.mlp(self.norm_2(x), residual=x)
+
+
+def _norm(config):
+    dtype = np.dtype(config.dtype)
+    return RMSNorm(config.n_embd, dtype=dtype) if config.norm == "rms" else LayerNorm(config.n_embd, bias=config.bias,
+                                                                                     dtype=dtype)
+
+
+class GPT(Module, Pretrained):
+    """The model of :class:`GPTConfig`.
+
+    Parameters
+    ----------
+    config : GPTConfig
+    rng : numpy.random.Generator
+        Draws the weights, and later dropout.
+    """
+
+    config_class = GPTConfig
+    model_type = "numformer-gpt"
+
+    def __init__(self, config, *, rng):
+        c = self.config = config
+        dtype = np.dtype(c.dtype)
+        self.rng = rng
+        self.embedding = Embedding(c.vocab_size, c.n_embd, rng=rng, dtype=dtype)
+        if c.position == "learned":
+            self.position = Embedding(c.block_size, c.n_embd, rng=rng, dtype=dtype)
+            self.rotary = None
+        else:
+            self.position = None
+            self.rotary = rotary_tables(c.block_size, c.n_embd // c.n_head, theta=c.rope_theta, dtype=dtype)
+        self.drop = Dropout(c.dropout, rng=rng)
+        self.blocks = [Block(c, layer, rng) for layer in range(c.n_layer)]
+        self.norm = _norm(c)
+        self.head = None if c.tie_embedding else nf.nn.init.xavier_uniform(rng, c.vocab_size, c.n_embd, dtype=dtype)
+        self.scale = math.sqrt(c.n_embd) if c.init == "xavier" else 1.0
+        for name, parameter in self.named_parameters():
+            if c.init == "gpt2" and parameter.ndim > 1:
+                parameter.data[...] = rng.standard_normal(parameter.shape) * 0.02
+            if name.endswith(("attention.out", "mlp.down")):
+                parameter.data /= math.sqrt(2 * c.n_layer)
+
+    def hidden(self, tokens, cache=None):
+        """What the last norm gives for `tokens` (B, S): (B, S, n_embd). `cache` holds what came before."""
+        start = cache.length if cache is not None else 0
+        tokens = self._tokens(tokens, start)
+        end = start + tokens.shape[1]
+        x = self.embedding(tokens)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if self.position is not None:
+            x = x + self.position(np.arange(start, end))
+        x = self.drop(x)
+        rotary = None if self.rotary is None else (self.rotary[0][start:end], self.rotary[1][start:end])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length = end
+        return self.norm(x)
+
+    @property
+    def output_weight(self):
+        """The weight (vocab_size, n_embd) that turns :meth:`hidden` into logits."""
+        return self.embedding.weight if self.head is None else self.head
+
+    def __call__(self, tokens):
+        """Logits (B, S, vocab_size) of the token after each of `tokens` (B, S): a Tensor.
+
+        Nothing is recorded inside ``no_grad``, and the whole model then runs on plain arrays.
+        """
+        if not is_recording() and not self.training and type(self.output_weight) is Tensor:
+            return Tensor(self.as_arrays()(tokens))
+        return project(self.hidden(tokens), self.output_weight)
+
+    def loss(self, tokens, targets):
+        """Mean cross-entropy of `targets` (B, S; -100 is ignored), plus the experts' load-balancing loss.
+
+        The logits are never held. The cross-entropy alone is left in ``cross_entropy`` (a float) and the balancing
+        loss in ``balance``; :meth:`expert_load` tells the shares.
+        """
+        hidden = self.hidden(tokens)
+        loss = nf.linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), self.output_weight,
+                                       np.asarray(targets).reshape(-1))
+        self.cross_entropy, self.balance = loss.item(), 0.0
+        routings = self.routings()
+        if routings and self.config.load_balancing:
+            losses = [nf.moe.load_balancing_loss(routing) for routing in routings]
+            balance = sum(losses[1:], losses[0]) * (1 / len(losses))
+            self.balance = balance.item()
+            loss = loss + balance * self.config.load_balancing
+        return loss
+
+    def routings(self):
+        """How the last forward pass distributed its tokens: a Routing for each layer with experts."""
+        return [block.mlp.routing for block in self.blocks if getattr(block.mlp, "routing", None) is not None]
+
+    def expert_load(self):
+        """The share of each expert in the last forward pass: (layers, experts), each row adds up to 1."""
+        return np.array([r.counts / max(r.counts.sum(), 1) for r in self.routings()])
+
+    def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None,
+                 rng=None):
+        """Continue prompts.
+
+        All rows go through the model in step, from the end of the shortest prompt on; a longer prompt's own tokens
+        are fed before its first new one. So there is no padding, and a row's logits have the bits of the full forward.
+
+        Parameters
+        ----------
+        ids : sequence of int, (B, S) array, or sequence of sequences of any lengths
+            One prompt, or a batch; none may be empty.
+        max_new_tokens : int
+        temperature, top_k, top_p, min_p
+            As in :func:`numformer.models.sampling.sample`; temperature 0 is greedy.
+        eos_id : int, optional
+            A row ends with this token.
+        rng : numpy.random.Generator
+            Needed unless temperature is 0.
+
+        Returns
+        -------
+        list of int, or a list of such lists for a batch
+            The prompt and what follows it, eos_id included.
+
+        Raises
+        ------
+        ValueError
+            For a prompt that is empty or does not fit block_size with its new tokens, ids out of range, options out
+            of range, no rng.
+        """
+        check_options(temperature, top_k, top_p, min_p)
+        if temperature > 0 and rng is None:
+            raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
+        single = len(ids) > 0 and np.ndim(ids[0]) == 0
+        rows = [[int(i) for i in row] for row in ([ids] if single else ids)]
+        if not rows:
+            return []
+        if min(map(len, rows)) == 0:
+            raise ValueError("generate: a prompt must have at least one token")
+        total = max(map(len, rows)) + max_new_tokens
+        if total > self.config.block_size:
+            raise ValueError(f"generate: prompt and new tokens are {total} positions, block_size is "
+                             f"{self.config.block_size}")
+        if max_new_tokens > 0:
+            model = self.as_arrays() if type(self.output_weight) is Tensor else self
+            choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, rng=rng)
+            model._continue(rows, max_new_tokens, total, eos_id, choose)
+        return rows[0] if single else rows
+
+    def _continue(self, rows, max_new_tokens, total, eos_id, choose):
+        """Append to `rows` in place; self holds arrays."""
+        ends = [len(row) + max_new_tokens for row in rows]
+        active = list(range(len(rows)))         # the rows of the cache
+        length = min(map(len, rows))
+        cache = KVCache([block.attention for block in self.blocks], len(rows), total, np.dtype(self.config.dtype))
+        tokens = np.array([row[:length] for row in rows])
+        while True:
+            hidden = self.hidden(tokens, cache)
+            chosen = choose(project(np.ascontiguousarray(hidden[:, -1]), self.output_weight))
+            done = []
+            for i, r in enumerate(active):
+                row = rows[r]
+                if len(row) == length:
+                    row.append(int(chosen[i]))
+                    if len(row) == ends[r] or row[-1] == eos_id:
+                        done.append(i)
+            if done:
+                keep = [i for i in range(len(active)) if i not in set(done)]
+                if not keep:
+                    return
+                cache.select(keep)
+                active = [active[i] for i in keep]
+            tokens = np.array([[rows[r][length]] for r in active])
+            length += 1
+
+    def _tokens(self, tokens, start):
+        tokens = np.asarray(tokens)
+        if tokens.dtype.kind not in "iu":
+            raise TypeError(f"GPT: tokens must be integers, got {tokens.dtype}")
+        if tokens.ndim != 2:
+            raise ValueError(f"GPT: tokens must have shape (B, S), got {tokens.shape}")
+        if start + tokens.shape[1] > self.config.block_size:
+            raise ValueError(f"GPT: {start + tokens.shape[1]} positions are more than block_size "
+                             f"{self.config.block_size}")
+        return tokens
+
+    def config_dict(self):
+        return dataclasses.asdict(self.config)

@@ -1,0 +1,101 @@
+"""Models as folders in the layout of Hugging Face: config.json and model.safetensors."""
+import json
+from pathlib import Path
+
+import numpy as np
+
+from numformer.files import replace_file
+
+__all__ = ["Pretrained", "load", "read_safetensors", "write_safetensors"]
+
+_models = {}        # model_type -> class
+
+
+def _safetensors():
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError:
+        raise ImportError("reading and writing models needs the safetensors package: "
+                          "pip install 'numformer[models]'") from None
+    return safetensors
+
+
+def read_safetensors(path):
+    """The arrays of a file by name. ValueError, in one line, for a file that is broken."""
+    library = _safetensors()
+    try:
+        return library.numpy.load(Path(path).read_bytes())
+    except (library.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def write_safetensors(path, arrays):
+    """Write the arrays by name, aside first."""
+    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    replace_file(path, _safetensors().numpy.save(arrays, metadata={"format": "np"}))
+
+
+def _read_config(folder):
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        what = "is not a folder" if not Path(folder).is_dir() else "has no config.json: not a model's folder"
+        raise FileNotFoundError(f"{folder} {what}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{path} names no model_type")
+    return config
+
+
+def load(folder):
+    """Open a model's folder, whatever model it is.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder, config.json or model.safetensors is missing.
+    ValueError
+        If one of them is broken, does not fit the other, or the model is of a kind we do not know.
+    """
+    kind = _read_config(folder)["model_type"]
+    if kind not in _models:
+        raise ValueError(f"{folder}: no model of type {kind!r}; known are {', '.join(sorted(_models))}")
+    return _models[kind].from_pretrained(folder)
+
+
+class Pretrained:
+    """Saving and loading for a Module with ``config``, ``config_class``, ``model_type`` and ``config_dict()``."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _models[cls.model_type] = cls
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors; each is there whole or not at all."""
+        folder = Path(folder)
+        write_safetensors(folder / "model.safetensors", self.state_dict())
+        config = {"model_type": self.model_type, **self.config_dict()}
+        replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Open what :meth:`save_pretrained` wrote, in evaluation mode. Errors as :func:`load`."""
+        options = _read_config(folder)
+        kind = options.pop("model_type")
+        if kind != cls.model_type:
+            raise ValueError(f"{folder} holds a {kind!r}, not a {cls.model_type!r}")
+        path = Path(folder) / "model.safetensors"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no model.safetensors")
+        try:
+            model = cls(cls.config_class(**options), rng=np.random.default_rng(0))
+        except TypeError as error:
+            raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
+        try:
+            model.load_state_dict(read_safetensors(path))
+        except ValueError as error:
+            raise ValueError(f"{path} does not fit config.json: {error}") from None
+        return model.eval()

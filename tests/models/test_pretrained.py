@@ -1,0 +1,78 @@
+import json
+
+import numpy as np
+import pytest
+
+import numformer as nf
+
+pytest.importorskip("safetensors")
+
+
+def small(seed=0, **options):
+    config = nf.models.GPTConfig(vocab_size=50, block_size=16, n_layer=2, n_head=2, n_embd=16, **options)
+    return nf.models.GPT(config, rng=np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("options", [{}, {"position": "learned", "norm": "layer", "bias": True, "activation": "gelu"},
+                                     {"tie_embedding": False, "init": "gpt2", "n_kv_head": 1},
+                                     {"layer_heads": [[2, 2], [1, 1]]}, {"dtype": "float64"}])
+def test_a_saved_model_comes_back_with_the_same_bits(tmp_path, options):
+    model = small(3, **options)
+    model.save_pretrained(tmp_path / "m")
+    again = nf.models.load(tmp_path / "m")
+    assert type(again) is nf.models.GPT and not again.training
+    assert list(again.state_dict()) == list(model.state_dict())
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], array)
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saving_over_a_model_leaves_other_files(tmp_path):
+    small(0).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    model = small(1)
+    model.save_pretrained(tmp_path)
+    np.testing.assert_array_equal(nf.models.load(tmp_path).embedding.weight.data, model.embedding.weight.data)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        nf.models.load(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        nf.models.load(tmp_path)
+    small().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for broken in (b"", whole[:100], whole[:-10], b"x" * len(whole)):
+        weights.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
+            nf.models.load(tmp_path)
+        assert "\n" not in str(caught.value)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        nf.models.load(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"n_layer": 3}, "missing blocks"), ({"n_embd": 32}, "must have shape"), ({"new": 1}, "does not describe a GPT"),
+    ({"model_type": "x"}, "'x'")])
+def test_a_config_that_does_not_fit_is_an_error(tmp_path, change, message):
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        nf.models.load(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is broken"):
+        nf.models.load(tmp_path)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    from numformer import files
+    path = tmp_path / "a"
+    files.replace_file(path, "old")
+    monkeypatch.setattr(files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        files.replace_file(path, "new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]

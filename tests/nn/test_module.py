@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from numformer import nn
+
+
+class Pair(nn.Module):
+    def __init__(self, rng):
+        self.first = nn.Linear(2, 3, rng=rng)
+        self.rest = [nn.Linear(3, 3, bias=False, rng=rng), nn.RMSNorm(3)]
+        self.tied = self.first.weight
+        self.table = np.ones(4)
+        self.drop = nn.Dropout(0.5, rng=rng)
+
+
+def pair(seed=0):
+    return Pair(np.random.default_rng(seed))
+
+
+def test_parameters_are_found_in_attributes_and_lists_once():
+    names = [name for name, _ in pair().named_parameters()]
+    assert sorted(names) == ["first.bias", "rest.0.weight", "rest.1.weight", "tied"]
+    assert len(pair().parameters()) == 4
+
+
+def test_a_state_dict_goes_back():
+    a, b = pair(0), pair(1)
+    b.load_state_dict(a.state_dict())
+    for name, array in a.state_dict().items():
+        np.testing.assert_array_equal(b.state_dict()[name], array)
+        assert not np.shares_memory(b.state_dict()[name], array)
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_changed():
+    model, before = pair(), {n: a.copy() for n, a in pair().state_dict().items()}
+    arrays = pair(1).state_dict()
+    del arrays["first.bias"]
+    arrays["more"] = np.ones(1)
+    arrays["rest.0.weight"] = np.ones((3, 4))
+    message = r"missing first.bias; unexpected more; rest.0.weight must have shape \(3, 3\), got \(3, 4\)"
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(arrays)
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_train_and_eval_reach_every_module():
+    model = pair().eval()
+    assert not model.drop.training and not model.rest[1].training
+    assert model.train().drop.training
+
+
+def test_as_arrays_shares_memory_and_leaves_the_module_alone():
+    model = pair()
+    twin = model.as_arrays()
+    assert type(twin.first.weight) is np.ndarray and twin.rest[0].weight is model.rest[0].weight.data
+    assert not twin.drop.training and model.drop.training and len(model.parameters()) == 4
+
+
+def test_xavier_uniform_fills_its_bound():
+    weight = nn.Linear(300, 200, rng=np.random.default_rng(0)).weight.data
+    bound = np.sqrt(6 / 500)
+    assert weight.dtype == np.float32 and 0.99 * bound < np.abs(weight).max() <= bound
+
+
+def test_heads_that_do_not_divide_are_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="multiple of n_head"):
+        nn.MultiHeadAttention(10, 3, rng=rng)
+    with pytest.raises(ValueError, match="n_kv_head"):
+        nn.MultiHeadAttention(12, 6, 4, rng=rng)
+    with pytest.raises(ValueError, match="activation"):
+        nn.MLP(4, 8, activation="relu", rng=rng)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        nn.Dropout(1.0, rng=rng)
