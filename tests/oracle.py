@@ -45,6 +45,8 @@ def moe_mlp(x, weight, index, gate_up, down, kept=None):
                 gate, up = np.split(gate_up[e].astype(np.float64) @ x[t], 2)
                 y[t] += weight[t, j] * (down[e].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up))
     return y
+
+
 def ulps(got, want):
     """The error of `got` in units of the last place of `want`, a float64 array of more precise values. What is
     beyond the largest number must be inf."""
@@ -58,3 +60,28 @@ def ulps(got, want):
         error = np.abs(np.where(finite, got, 0).astype(np.float64) - np.where(finite, want, 0)) / unit
         same = (got == rounded) | (np.isnan(got) & np.isnan(rounded))
     return np.where(finite, error, np.where(same, 0, np.inf))
+
+
+def attention(q, k, v, mask=None, causal=None, scale=None):
+    """(out, lse); `mask` boolean or added, `causal` None, "bottom_right" or "top_left". Masked slots are not read."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (batch, heads, sq, dim), group, sk = q.shape, q.shape[1] // k.shape[1], k.shape[2]
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    seen = np.ones((batch, heads, sq, sk), bool)
+    added = np.zeros((batch, heads, sq, sk))
+    if mask is not None and mask.dtype == bool:
+        seen &= mask
+    elif mask is not None:
+        seen &= mask > -np.inf
+        added += mask
+    if causal:
+        seen &= np.tril(np.ones((sq, sk), bool), sk - sq if causal == "bottom_right" else 0)
+    out, lse = np.zeros((batch, heads, sq, v.shape[3])), np.full((batch, heads, sq), -np.inf)
+    for b, h, i in np.ndindex(batch, heads, sq):
+        keys = np.flatnonzero(seen[b, h, i])
+        if keys.size:
+            s = scale * k[b, h // group, keys] @ q[b, h, i] + added[b, h, i, keys]
+            p = np.exp(s - s.max())
+            out[b, h, i] = p @ v[b, h // group, keys] / p.sum()
+            lse[b, h, i] = s.max() + math.log(p.sum())
+    return out, lse

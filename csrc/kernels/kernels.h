@@ -49,7 +49,48 @@ typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
 
 /* ---- attention: scaled-dot-product attention ---- */
 
-#define NF_KERNELS_attention(K)
+/* (B, H, S, D) of one element type: strides in elements, the last axis contiguous. */
+typedef struct {
+    void *data;
+    ptrdiff_t batch, head, row;
+} nf_heads;
+
+typedef enum { NF_NO_MASK, NF_BOOLEAN_MASK, NF_ADDED_MASK } nf_mask_kind;
+
+/* One attention. Query i stands at position i + offset among the keys and sees those from
+   position - left to position + right that the mask leaves it. */
+typedef struct {
+    ptrdiff_t batch, heads, kv_heads, queries, keys, dim, value_dim;
+    ptrdiff_t offset, left, right;
+    double scale;
+    nf_heads q, k, v, out;
+    nf_mask_kind mask_kind;
+    const void *mask; /* (B, H, Sq, Sk) by these strides, in elements */
+    ptrdiff_t mask_strides[4];
+    void *lse;   /* (B, H, Sq): the natural logarithm of the sum; or NULL */
+    void *stats; /* (B, H, Sq, 2): for the backward pass; or NULL */
+    /* of the backward pass alone */
+    nf_heads dout, dq, dk, dv;
+    const void *dlse; /* (B, H, Sq) or NULL */
+    void *workspace;  /* 64-byte aligned */
+} nf_attention;
+
+/* A task: the index-th of its pass. Every count and size follows from the shapes alone. */
+typedef void nf_attention_task(const nf_attention *p, size_t index, void *scratch);
+typedef size_t nf_attention_size(const nf_attention *p);
+
+typedef struct {
+    ptrdiff_t block_queries, block_keys;
+    /* a task: one block of queries of one head */
+    nf_attention_size *forward_scratch;
+    nf_attention_task *forward;
+    /* three passes over one workspace. Tasks of the second, a block of keys of a KV head,
+       must start in ascending order: a later one waits for an earlier one. */
+    nf_attention_size *backward_workspace, *backward_scratch;
+    nf_attention_task *backward_prepare, *backward_keys, *backward_finish;
+} nf_attention_kernels;
+
+#define NF_KERNELS_attention(K) K(attention, const nf_attention_kernels)
 #define NF_PLAIN_KERNELS_attention(K)
 
 /* ---- moe: routing, and the sums over a token's experts ---- */

@@ -18,6 +18,7 @@ from numformer.ops.arithmetic import stack as stack
 from numformer.ops.arithmetic import take_along_axis as take_along_axis
 from numformer.ops.arithmetic import tanh as tanh
 from numformer.ops.arithmetic import where as where
+from numformer.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from numformer.ops.gelu import gelu as gelu
 from numformer.tensor import Tensor as Tensor
 from numformer.tensor import checkpoint as checkpoint

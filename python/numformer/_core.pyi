@@ -49,6 +49,16 @@ def moe_combine(y: np.ndarray, weight: np.ndarray, order: _Order, /) -> np.ndarr
 def moe_combine_backward(dy: np.ndarray, y: np.ndarray, weight: np.ndarray, order: _Order, /
                          ) -> tuple[np.ndarray, np.ndarray]: ...
 
+# attention
+def attention_forward(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None, scale: float | None, causal: int,
+    out: np.ndarray | None, want: int, /,
+) -> Any: ...
+def attention_backward(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None, scale: float | None, causal: int,
+    out: np.ndarray, stats: np.ndarray, dout: np.ndarray | None, dlse: np.ndarray | None, packed: bool, /,
+) -> Any: ...
+
 # the machine's limits, for benchmarks: each does work on all threads and returns how much
 def roof_fma(rounds: int, /) -> float: ...
 def roof_dot(rounds: int, /) -> float: ...
