@@ -80,7 +80,7 @@ typedef struct {
      inputs,                                                                               \
      {{&nf_kernels.name##_f32, inputs, 4}, {&nf_kernels.name##_f64, inputs, 8}},           \
      {NULL, NULL}},
-static ufunc_spec specs[] = {NF_KERNELS_elementwise(NF_SPEC)};
+static ufunc_spec specs[] = {NF_UFUNCS(NF_SPEC)};
 
 int
 nf_add_ufuncs(PyObject *module)

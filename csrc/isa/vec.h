@@ -49,6 +49,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
                                                      compiler would share a*b
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
+       nf_sqrt_f32(a)                                the square root
+       nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
        nf_dot_u8s8(sum, a, b)                        sums of four products of bytes
    and the sizes of the register tile of a matrix product, rows by vectors:

@@ -79,6 +79,29 @@ nf_min_f64(vf64 a, vf64 b)
     return (vf64)_mm256_min_pd((__m256d)b, (__m256d)a);
 }
 
+NF_INLINE vf32
+nf_sqrt_f32(vf32 a)
+{
+    return (vf32)_mm256_sqrt_ps((__m256)a);
+}
+
+NF_INLINE vf64
+nf_sqrt_f64(vf64 a)
+{
+    return (vf64)_mm256_sqrt_pd((__m256d)a);
+}
+
+/* Products of the even lanes and of the odd lanes are made apart. */
+NF_INLINE vu32
+nf_product_u32(vu32 a, uint32_t b, vu32 *high)
+{
+    const __m256i factor = _mm256_set1_epi32((int)b);
+    const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
+    *high = (vu32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    return (vu32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+
 #include "isa/scale.h"
 
 NF_INLINE vf32

@@ -80,6 +80,29 @@ nf_min_f64(vf64 a, vf64 b)
 }
 
 NF_INLINE vf32
+nf_sqrt_f32(vf32 a)
+{
+    return (vf32)_mm512_sqrt_ps((__m512)a);
+}
+
+NF_INLINE vf64
+nf_sqrt_f64(vf64 a)
+{
+    return (vf64)_mm512_sqrt_pd((__m512d)a);
+}
+
+/* Products of the even lanes and of the odd lanes are made apart. */
+NF_INLINE vu32
+nf_product_u32(vu32 a, uint32_t b, vu32 *high)
+{
+    const __m512i factor = _mm512_set1_epi32((int)b);
+    const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
+    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
+    *high = (vu32)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
+    return (vu32)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+}
+
+NF_INLINE vf32
 nf_scale_f32(vf32 v, vf32 n)
 {
     return (vf32)_mm512_scalef_ps((__m512)v, (__m512)n);

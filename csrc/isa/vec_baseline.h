@@ -90,6 +90,30 @@ nf_min_f64(vf64 a, vf64 b)
     return (vf64)(((vi64)b & where) | ((vi64)a & ~where));
 }
 
+NF_INLINE vf32
+nf_sqrt_f32(vf32 a)
+{
+    return (vf32){sqrtf(a[0]), sqrtf(a[1]), sqrtf(a[2]), sqrtf(a[3])};
+}
+
+NF_INLINE vf64
+nf_sqrt_f64(vf64 a)
+{
+    return (vf64){sqrt(a[0]), sqrt(a[1])};
+}
+
+NF_INLINE vu32
+nf_product_u32(vu32 a, uint32_t b, vu32 *high)
+{
+    vu32 low;
+    for (int i = 0; i < 4; i++) {
+        const uint64_t product = (uint64_t)a[i] * b;
+        low[i] = (uint32_t)product;
+        (*high)[i] = (uint32_t)(product >> 32);
+    }
+    return low;
+}
+
 #include "isa/scale.h"
 
 NF_INLINE vf32

@@ -15,11 +15,33 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- elementwise: out[i] = f(in[0][i], in[1][i], ...). K(name, type, inputs) ---- */
+/* ---- elementwise: contiguous arrays, out[i] = f(in[0][i], in[1][i], ...) ---- */
 
 typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
+/* The same with two outputs. */
+typedef void nf_elementwise_pair_kernel(const void *const *in, void *const out[2],
+                                        size_t n);
 
-#define NF_KERNELS_elementwise(K)                                                          \
+/* One step of AdamW, the numbers that all elements share. The update is
+       m += (g - m) gain1,  v += (g^2 - v) gain2,  p = p keep - rate m / (sqrt(v) root + eps)
+   where g is the given gradient times scale. */
+typedef struct {
+    double gain1, gain2, keep, rate, root, eps, scale;
+} nf_adamw;
+
+typedef void nf_adamw_kernel(void *p, const void *g, void *m, void *v, size_t n,
+                             const nf_adamw *step);
+/* The sum of squares. */
+typedef double nf_squares_kernel(const void *x, size_t n);
+/* total[i] += row[i] */
+typedef void nf_add_row_kernel(void *total, const void *row, size_t n);
+/* y[i] = x[i] scale, or 0 where the random number of element `first` + i is below threshold.
+   `first` is a multiple of NF_PHILOX_BLOCK. */
+typedef void nf_dropout_kernel(const void *x, void *y, size_t n, uint64_t key,
+                               uint64_t first, uint32_t threshold, double scale);
+
+/* Those of one output are ufuncs too. K(name, type, inputs) */
+#define NF_UFUNCS(K)                                                                       \
     K(exp, nf_elementwise_kernel, 1)                                                       \
     K(expm1, nf_elementwise_kernel, 1)                                                     \
     K(log, nf_elementwise_kernel, 1)                                                       \
@@ -34,7 +56,25 @@ typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
     K(gelu_tanh, nf_elementwise_kernel, 1)                                                 \
     K(gelu_tanh_backward, nf_elementwise_kernel, 2)                                        \
     K(gelu_quick, nf_elementwise_kernel, 1)                                                \
-    K(gelu_quick_backward, nf_elementwise_kernel, 2)
+    K(gelu_quick_backward, nf_elementwise_kernel, 2)                                       \
+    K(bias_gelu_erf, nf_elementwise_kernel, 2)                                             \
+    K(bias_gelu_tanh, nf_elementwise_kernel, 2)                                            \
+    K(bias_gelu_quick, nf_elementwise_kernel, 2)                                           \
+    K(swiglu, nf_elementwise_kernel, 2)                                                    \
+    K(geglu_erf, nf_elementwise_kernel, 2)                                                 \
+    K(geglu_tanh, nf_elementwise_kernel, 2)                                                \
+    K(geglu_quick, nf_elementwise_kernel, 2)
+
+#define NF_KERNELS_elementwise(K)                                                          \
+    NF_UFUNCS(K)                                                                           \
+    K(swiglu_backward, nf_elementwise_pair_kernel)                                         \
+    K(geglu_erf_backward, nf_elementwise_pair_kernel)                                      \
+    K(geglu_tanh_backward, nf_elementwise_pair_kernel)                                     \
+    K(geglu_quick_backward, nf_elementwise_pair_kernel)                                    \
+    K(adamw, nf_adamw_kernel)                                                              \
+    K(squares, nf_squares_kernel)                                                          \
+    K(add_row, nf_add_row_kernel)                                                          \
+    K(dropout, nf_dropout_kernel)
 #define NF_PLAIN_KERNELS_elementwise(K)
 
 /* ---- rowwise: norms, softmaxes, losses, embedding, rotary ---- */

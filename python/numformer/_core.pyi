@@ -1,5 +1,5 @@
 """The compiled extension: kernels behind positional arguments. numformer.ops gives them names and documentation."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,13 @@ gelu_tanh: np.ufunc
 gelu_tanh_backward: np.ufunc
 gelu_quick: np.ufunc
 gelu_quick_backward: np.ufunc
+geglu_quick: np.ufunc
+geglu_tanh: np.ufunc
+geglu_erf: np.ufunc
+swiglu: np.ufunc
+bias_gelu_quick: np.ufunc
+bias_gelu_tanh: np.ufunc
+bias_gelu_erf: np.ufunc
 
 # mixture of experts; order: (offsets, source, row)
 _Order = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -64,3 +71,9 @@ def roof_fma(rounds: int, /) -> float: ...
 def roof_dot(rounds: int, /) -> float: ...
 def roof_read(x: np.ndarray, /) -> float: ...
 def roof_copy(x: np.ndarray, out: np.ndarray, /) -> float: ...
+
+# optimizer
+def adamw_step(params: Sequence[np.ndarray], grads: Sequence[np.ndarray], m: Sequence[np.ndarray],
+               v: Sequence[np.ndarray], decays: Sequence[float], lr: float, beta1: float, beta2: float, eps: float,
+               count: float, scale: float, /) -> None: ...
+def global_norm(arrays: Sequence[np.ndarray], /) -> float: ...
