@@ -27,3 +27,5 @@ from numformer.tensor import no_grad as no_grad
 # after the ops, which they are made of
 from numformer import nn as nn  # isort: skip
 from numformer import models as models  # isort: skip
+from numformer import data as data  # isort: skip
+from numformer import train as train  # isort: skip

@@ -7,7 +7,14 @@ __all__ = ["replace_file"]
 
 
 def replace_file(path, content):
-    """Make `content` (bytes or str) the file at `path`: after a kill at any point it holds the old or the new.
+    """Make `content` the file at `path`: after a kill at any point it holds the old or the new.
+
+    Parameters
+    ----------
+    path : str or Path
+        Its folder is made where it is missing.
+    content : bytes, str, or callable
+        A callable is given the open binary file to write to.
 
     Raises
     ------
@@ -19,7 +26,10 @@ def replace_file(path, content):
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -32,7 +32,7 @@ def read_safetensors(path):
 
 def write_safetensors(path, arrays):
     """Write the arrays by name, aside first."""
-    arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
     replace_file(path, _safetensors().numpy.save(arrays, metadata={"format": "np"}))
 
 

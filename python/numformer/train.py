@@ -1,0 +1,248 @@
+"""Training: AdamW, learning-rate schedules, gradient clipping, and a loop that survives a kill."""
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from numformer.models.pretrained import read_safetensors, write_safetensors
+
+__all__ = ["AdamW", "Trainer", "clip_grad_norm", "hf_warmup_cosine", "warmup_cosine"]
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019).
+
+        m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
+        p = p - lr (weight_decay p + m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps))
+
+    Arrays of fewer than two axes (norms, biases) do not decay. A parameter without a gradient is left alone.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+    lr : float
+        May be changed between steps.
+    betas : (float, float)
+    eps, weight_decay : float
+    """
+
+    def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1):
+        self.params = list(params)
+        if not self.params:
+            raise ValueError("AdamW: no parameters")
+        if not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
+        self.steps = 0
+        self.m = [np.zeros_like(p.data) for p in self.params]
+        self.v = [np.zeros_like(p.data) for p in self.params]
+
+    def step(self, max_norm=None):
+        """Update the parameters from their gradients.
+
+        Parameters
+        ----------
+        max_norm : float, optional
+            Scale the gradients down to this global norm first, as :func:`clip_grad_norm`, but in the same pass.
+
+        Returns
+        -------
+        float or None
+            The norm before clipping, where `max_norm` is given.
+        """
+        norm, scale = None, 1.0
+        if max_norm is not None:
+            norm = grad_norm(self.params)
+            scale = _clip_factor(norm, max_norm)
+        self.steps += 1
+        for p, m, v in zip(self.params, self.m, self.v):
+            if p.grad is not None:
+                _update(p.data, p.grad, m, v, self.lr, *self.betas, self.eps,
+                        self.weight_decay if p.data.ndim > 1 else 0.0, self.steps, scale)
+        return norm
+
+    def zero_grad(self):
+        """Drop the gradients."""
+        for p in self.params:
+            p.grad = None
+
+    def state_dict(self):
+        """The moments and the count of steps, as arrays by name (no copies)."""
+        state = {"steps": np.array([self.steps])}
+        for i, (m, v) in enumerate(zip(self.m, self.v)):
+            state[f"m.{i}"], state[f"v.{i}"] = m, v
+        return state
+
+    def load_state_dict(self, state):
+        """Take over what :meth:`state_dict` gave. ValueError where it does not fit."""
+        own = self.state_dict()
+        if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
+            raise ValueError("AdamW: the state belongs to other parameters")
+        for name, array in own.items():
+            array[...] = state[name]
+        self.steps = int(state["steps"][0])
+
+
+def _update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, t, scale):
+    g = g * p.dtype.type(scale)
+    m *= beta1
+    m += (1 - beta1) * g
+    v *= beta2
+    v += (1 - beta2) * (g * g)
+    p *= 1 - lr * weight_decay
+    p -= lr / (1 - beta1**t) * (m / (np.sqrt(v / (1 - beta2**t)) + eps))
+
+
+def grad_norm(params):
+    """The Euclidean norm of all gradients together, as a float."""
+    return math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in params if p.grad is not None))
+
+
+def _clip_factor(norm, max_norm):
+    return max_norm / (norm + 1e-6) if norm > max_norm else 1.0
+
+
+def clip_grad_norm(params, max_norm):
+    """Scale the gradients of `params` so that their global norm is at most `max_norm`; return the norm before.
+
+    ``AdamW.step(max_norm=...)`` does the same without a pass of its own.
+    """
+    params = list(params)
+    norm = grad_norm(params)
+    factor = _clip_factor(norm, max_norm)
+    if factor < 1:
+        for p in params:
+            if p.grad is not None:
+                p.grad = p.grad * p.grad.dtype.type(factor)
+    return norm
+
+
+def warmup_cosine(step, *, lr, warmup, total, min_lr=0.0):
+    """nanoGPT's schedule: lr (step + 1) / (warmup + 1) for `warmup` steps, half a cosine to `min_lr` at `total`."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if step >= total:
+        return min_lr
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def hf_warmup_cosine(step, *, lr, warmup, total):
+    """Hugging Face's get_cosine_schedule_with_warmup: from 0 at step 0 up to lr at `warmup`, half a cosine to 0."""
+    if step < warmup:
+        return lr * step / max(1, warmup)
+    return lr * max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
+
+
+class Trainer:
+    """Train ``model.loss(*next(batches))`` for a number of steps; a run that was killed goes on with the same bits.
+
+    Parameters
+    ----------
+    model : Module with ``loss(*batch) -> Tensor``
+    batches : iterator with ``state()`` and ``restore(state)``, as :class:`numformer.data.Batches`
+    optimizer : AdamW
+    steps : int
+    schedule : callable, optional
+        step -> learning rate; the optimizer's own stays where None.
+    accumulate : int
+        Batches whose gradients are averaged for a step.
+    max_norm : float or None
+        Gradients are scaled down to this global norm.
+    checkpoint : path, optional
+        A file that holds everything: parameters, optimizer, position in the data, random generators of the model.
+        Where it exists, the run goes on from there.
+    every : int
+        Steps between checkpoints.
+    callbacks : iterable of callables
+        Each is called as ``callback(step, metrics)`` after every step, with loss, lr, grad_norm, tokens, seconds.
+    progress : str or None
+        What to write beside the progress bar (tqdm, where it is installed); None shows no bar.
+    """
+
+    def __init__(self, model, batches, optimizer, steps, *, schedule=None, accumulate=1, max_norm=1.0, checkpoint=None,
+                 every=100, callbacks=(), progress=None):
+        self.model, self.batches, self.optimizer, self.steps = model, batches, optimizer, steps
+        self.schedule, self.accumulate, self.max_norm = schedule, accumulate, max_norm
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.every, self.callbacks, self.progress = every, list(callbacks), progress
+        self.done = 0
+        self.generators = list({id(value): value for module in model.modules() for value in vars(module).values()
+                                if isinstance(value, np.random.Generator)}.values())
+
+    def run(self):
+        """Train up to ``steps``; return the metrics of the last step."""
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self.resume()
+        self.model.train()
+        metrics = {}
+        with _bar(self.progress, self.steps, self.done) as bar:
+            for step in range(self.done, self.steps):
+                metrics = self.step(step)
+                for callback in self.callbacks:
+                    callback(step, metrics)
+                bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
+                bar.update()
+                self.done = step + 1
+                if self.checkpoint is not None and (self.done % self.every == 0 or self.done == self.steps):
+                    self.save()
+        return metrics
+
+    def step(self, step):
+        """One update of the parameters; returns its metrics."""
+        begin, total, tokens = time.perf_counter(), 0.0, 0
+        if self.schedule is not None:
+            self.optimizer.lr = self.schedule(step)
+        for _ in range(self.accumulate):
+            batch = next(self.batches)
+            loss = self.model.loss(*batch)
+            total += loss.item() / self.accumulate
+            tokens += np.size(batch[0])
+            (loss * (1 / self.accumulate) if self.accumulate > 1 else loss).backward()
+        norm = self.optimizer.step(self.max_norm)
+        self.optimizer.zero_grad()
+        return {"loss": total, "lr": self.optimizer.lr, "grad_norm": norm, "tokens": tokens,
+                "seconds": time.perf_counter() - begin}
+
+    def save(self):
+        """Write the checkpoint: one file, aside first, so that a kill leaves the old one or the new."""
+        state = {"done": self.done, "data": self.batches.state(),
+                 "rng": [g.bit_generator.state for g in self.generators]}
+        arrays = {f"model.{name}": array for name, array in self.model.state_dict().items()}
+        arrays |= {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
+        arrays["state"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        write_safetensors(self.checkpoint, arrays)
+
+    def resume(self):
+        """Take everything from the checkpoint. ValueError, in one line, where it is broken or of another run."""
+        arrays = read_safetensors(self.checkpoint)
+        try:
+            state = json.loads(arrays.pop("state").tobytes())
+            self.batches.restore(state["data"])
+            for generator, bits in zip(self.generators, state["rng"], strict=True):
+                generator.bit_generator.state = bits
+            for part, owner in (("model.", self.model), ("optimizer.", self.optimizer)):
+                owner.load_state_dict({n.removeprefix(part): a for n, a in arrays.items() if n.startswith(part)})
+            self.done = state["done"]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{self.checkpoint} is not a checkpoint of this run: {error}") from None
+
+
+def _bar(text, total, done):
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        tqdm = None
+    if text is None or tqdm is None:
+        return contextlib.nullcontext(_NoBar())
+    return tqdm(total=total, initial=done, desc=text, unit="step", dynamic_ncols=True)
+
+
+class _NoBar:
+    def set_postfix_str(self, text, refresh=True):
+        pass
+
+    def update(self):
+        pass

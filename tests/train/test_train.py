@@ -1,0 +1,190 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from numformer import data, nn, train
+from numformer.ops import arithmetic as ar
+from numformer.tensor import Tensor
+
+
+def leaf(*shape, rng, gradient=True):
+    x = Tensor(rng.standard_normal(shape).astype(np.float32), requires_grad=True)
+    x.grad = rng.standard_normal(shape).astype(np.float32) if gradient else None
+    return x
+
+
+def test_adamw_is_torchs_with_decay_on_two_axes_and_more():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    params = [leaf(7, 5, rng=rng), leaf(33, rng=rng), leaf(2, 3, 4, rng=rng), leaf(3, gradient=False, rng=rng)]
+    twins = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in params]
+    ours = train.AdamW(params, 0.01, weight_decay=0.3)
+    theirs = torch.optim.AdamW([{"params": [p for p in twins if p.ndim > 1], "weight_decay": 0.3},
+                                {"params": [p for p in twins if p.ndim < 2], "weight_decay": 0.0}],
+                               lr=0.01, betas=(0.9, 0.98), eps=1e-8)
+    for _ in range(5):
+        for p, q in zip(params, twins):
+            if p.grad is not None:
+                p.grad = rng.standard_normal(p.shape).astype(np.float32)
+                q.grad = torch.tensor(p.grad)
+        ours.lr *= 0.9
+        for group in theirs.param_groups:
+            group["lr"] = ours.lr
+        ours.step()
+        theirs.step()
+    for p, q in zip(params, twins):
+        np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_a_clipped_step_is_clipping_and_then_a_step():
+    def run(clip_first, max_norm):
+        rng = np.random.default_rng(0)
+        params = [leaf(7, 5, rng=rng), leaf(33, rng=rng)]
+        optimizer = train.AdamW(params, 0.01)
+        norm = train.clip_grad_norm(params, max_norm) if clip_first else None
+        norm = optimizer.step(None if clip_first else max_norm) or norm
+        return norm, [p.data for p in params]
+
+    for max_norm in (0.5, 1e6):
+        (a, x), (b, y) = run(True, max_norm), run(False, max_norm)
+        assert a == b
+        for p, q in zip(x, y):
+            np.testing.assert_allclose(p, q, rtol=1e-6)
+
+
+def test_clip_returns_the_norm_before_and_leaves_small_gradients_alone():
+    rng = np.random.default_rng(0)
+    params = [leaf(40, rng=rng), leaf(3, 3, rng=rng), leaf(2, gradient=False, rng=rng)]
+    total = np.sqrt(sum((p.grad.astype(np.float64)**2).sum() for p in params[:2]))
+    before = [p.grad.copy() for p in params[:2]]
+    assert train.clip_grad_norm(params, 100.0) == pytest.approx(total, rel=1e-6)
+    for p, g in zip(params, before):
+        np.testing.assert_array_equal(p.grad, g)
+    assert train.clip_grad_norm(params, 0.1) == pytest.approx(total, rel=1e-6)
+    assert train.clip_grad_norm(params, 0.1) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_zero_grad_and_bad_arguments():
+    x = leaf(3, rng=np.random.default_rng(0))
+    optimizer = train.AdamW([x], 0.1)
+    optimizer.zero_grad()
+    assert x.grad is None
+    with pytest.raises(ValueError, match="no parameters"):
+        train.AdamW([], 0.1)
+    with pytest.raises(ValueError, match="betas"):
+        train.AdamW([x], 0.1, betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match="other parameters"):
+        optimizer.load_state_dict(train.AdamW([leaf(4, rng=np.random.default_rng(0))], 0.1).state_dict())
+
+
+def test_schedules_by_their_definitions():
+    ours = [train.warmup_cosine(i, lr=1.0, warmup=4, total=12, min_lr=0.1) for i in (0, 3, 4, 8, 12, 99)]
+    np.testing.assert_allclose(ours, [0.2, 0.8, 1.0, 0.55, 0.1, 0.1])
+    hf = [train.hf_warmup_cosine(i, lr=1.0, warmup=4, total=12) for i in (0, 2, 4, 8, 12)]
+    np.testing.assert_allclose(hf, [0, 0.5, 1.0, 0.5, 0], atol=1e-12)
+
+
+class Toy(nn.Module):
+    """A softmax regression with noise on its input."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(5)
+        self.weight = nn.init.xavier_uniform(self.rng, 16, 16)
+        self.bias = nn.init.constant(0, 16)
+
+    def loss(self, tokens, targets):
+        noise = self.rng.standard_normal((tokens.size, 16)).astype(np.float32)
+        x = self.weight[tokens.reshape(-1)] + self.bias + noise * 0.1
+        x = x - ar.log(ar.sum(ar.exp(x), axis=-1, keepdims=True))
+        return -x.take_along_axis(targets.reshape(-1, 1), -1).mean()
+
+
+def trainer(folder, steps=12, **options):
+    if not (folder / "data").exists():
+        data.write_shard(folder / "data" / "0.npy", np.random.default_rng(0).integers(0, 16, 500))
+    model, batches = Toy(), data.Batches(folder / "data", 4, 8, seed=2)
+    return train.Trainer(model, batches, train.AdamW(model.parameters(), 0.01), steps,
+                         schedule=lambda i: train.warmup_cosine(i, lr=0.05, warmup=3, total=steps), every=3, **options)
+
+
+def test_a_loop_learns_and_reports(tmp_path):
+    seen = []
+    loop = trainer(tmp_path, 30, callbacks=[lambda step, metrics: seen.append((step, metrics))])
+    last = loop.run()
+    assert [step for step, _ in seen] == list(range(30)) and seen[-1][1] is last
+    assert set(last) == {"loss", "lr", "grad_norm", "tokens", "seconds"} and last["tokens"] == 32
+    assert last["loss"] < seen[0][1]["loss"]
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    one, two = trainer(tmp_path), trainer(tmp_path, accumulate=2)
+    Quiet = type("Quiet", (), {"standard_normal": lambda self, shape: np.zeros(shape)})
+    one.model.rng, two.model.rng = Quiet(), Quiet()
+    one.batches.batch = 8
+    one.step(0)
+    two.step(0)
+    for p, q in zip(one.model.parameters(), two.model.parameters()):
+        np.testing.assert_allclose(p.data, q.data, rtol=1e-5, atol=1e-6)
+
+
+_RUN = """
+import os, sys
+from pathlib import Path
+from tests.train.test_train import trainer
+from numformer import files
+folder, die_at, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+fsync, saves = os.fsync, [0]
+def kill(fd):
+    saves[0] += 1
+    if how == "write" and saves[0] == die_at:
+        os.kill(os.getpid(), 9)
+    fsync(fd)
+files.os.fsync = kill
+loop = trainer(folder, checkpoint=folder / "run.safetensors", callbacks=[
+    lambda step, _: os.kill(os.getpid(), 9) if how == "step" and step == die_at else None])
+loop.run()
+"""
+
+
+def run_and_kill(folder, die_at, how):
+    code = subprocess.run([sys.executable, "-c", _RUN, str(folder), str(die_at), how], timeout=120,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}).returncode
+    assert code in (0, -9)
+    return code
+
+
+def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
+    pytest.importorskip("safetensors")
+    straight = trainer(tmp_path, checkpoint=tmp_path / "straight.safetensors")
+    straight.run()
+    # killed before any checkpoint, between two, while writing the first of the second run, and at the very end
+    for die_at, how in [(1, "step"), (4, "step"), (1, "write"), (11, "step")]:
+        assert run_and_kill(tmp_path, die_at, how) == -9
+    assert run_and_kill(tmp_path, 99, "step") == 0
+    again = trainer(tmp_path, checkpoint=tmp_path / "run.safetensors")
+    again.resume()
+    assert again.done == straight.done == 12
+    for a, b in zip((straight.model, straight.optimizer), (again.model, again.optimizer)):
+        for name, array in a.state_dict().items():
+            np.testing.assert_array_equal(array, b.state_dict()[name])
+    assert again.model.rng.bit_generator.state == straight.model.rng.bit_generator.state
+    assert json.dumps(again.batches.state()) == json.dumps(straight.batches.state())
+
+
+def test_a_broken_or_foreign_checkpoint_is_one_clear_line(tmp_path):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "run.safetensors"
+    trainer(tmp_path, 3, checkpoint=path).run()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        trainer(tmp_path, checkpoint=path).run()
+    path.write_bytes(whole)
+    other = trainer(tmp_path, checkpoint=path)
+    other.batches = data.Batches(tmp_path / "data", 4, 8, seed=3)
+    with pytest.raises(ValueError, match="not a checkpoint of this run"):
+        other.run()
