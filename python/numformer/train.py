@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from numformer.models.pretrained import read_safetensors, write_safetensors
+from numformer.ops.optimizer import adamw_step, global_norm
 
 __all__ = ["AdamW", "Trainer", "clip_grad_norm", "hf_warmup_cosine", "warmup_cosine"]
 
@@ -53,15 +54,17 @@ class AdamW:
         float or None
             The norm before clipping, where `max_norm` is given.
         """
+        chosen = [i for i, p in enumerate(self.params) if p.grad is not None]
+        grads = [self.params[i].grad for i in chosen]
         norm, scale = None, 1.0
         if max_norm is not None:
-            norm = grad_norm(self.params)
+            norm = global_norm(grads)
             scale = _clip_factor(norm, max_norm)
         self.steps += 1
-        for p, m, v in zip(self.params, self.m, self.v):
-            if p.grad is not None:
-                _update(p.data, p.grad, m, v, self.lr, *self.betas, self.eps,
-                        self.weight_decay if p.data.ndim > 1 else 0.0, self.steps, scale)
+        params = [self.params[i].data for i in chosen]
+        adamw_step(params, grads, [self.m[i] for i in chosen], [self.v[i] for i in chosen], lr=self.lr,
+                   betas=self.betas, eps=self.eps, step=self.steps, grad_scale=scale,
+                   weight_decay=[self.weight_decay if p.ndim > 1 else 0.0 for p in params])
         return norm
 
     def zero_grad(self):
@@ -86,21 +89,6 @@ class AdamW:
         self.steps = int(state["steps"][0])
 
 
-def _update(p, g, m, v, lr, beta1, beta2, eps, weight_decay, t, scale):
-    g = g * p.dtype.type(scale)
-    m *= beta1
-    m += (1 - beta1) * g
-    v *= beta2
-    v += (1 - beta2) * (g * g)
-    p *= 1 - lr * weight_decay
-    p -= lr / (1 - beta1**t) * (m / (np.sqrt(v / (1 - beta2**t)) + eps))
-
-
-def grad_norm(params):
-    """The Euclidean norm of all gradients together, as a float."""
-    return math.sqrt(sum(float(np.vdot(p.grad, p.grad)) for p in params if p.grad is not None))
-
-
 def _clip_factor(norm, max_norm):
     return max_norm / (norm + 1e-6) if norm > max_norm else 1.0
 
@@ -111,7 +99,7 @@ def clip_grad_norm(params, max_norm):
     ``AdamW.step(max_norm=...)`` does the same without a pass of its own.
     """
     params = list(params)
-    norm = grad_norm(params)
+    norm = global_norm([p.grad for p in params if p.grad is not None])
     factor = _clip_factor(norm, max_norm)
     if factor < 1:
         for p in params:
