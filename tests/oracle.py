@@ -10,6 +10,8 @@ def gelu(x, approximate="none"):
     x = np.asarray(x, np.float64)
     if approximate == "none":
         return 0.5 * x * _erfc(-x / math.sqrt(2)) if x.size else x
+    if approximate == "quick":
+        return x / (1 + np.exp(-1.702 * x))
     return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 

@@ -5,6 +5,7 @@
 
 int nf_add_memory(PyObject *module);
 int nf_add_ufuncs(PyObject *module);
+int nf_add_gated(PyObject *module);
 int nf_add_rowwise(PyObject *module);
 int nf_add_gemm(PyObject *module);
 int nf_add_attention(PyObject *module);

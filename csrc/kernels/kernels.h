@@ -58,8 +58,11 @@ typedef void nf_dropout_kernel(const void *x, void *y, size_t n, uint64_t key,
     K(gelu_quick, nf_elementwise_kernel, 1)                                                \
     K(gelu_quick_backward, nf_elementwise_kernel, 2)                                       \
     K(bias_gelu_erf, nf_elementwise_kernel, 2)                                             \
+    K(bias_gelu_erf_backward, nf_elementwise_kernel, 3)                                    \
     K(bias_gelu_tanh, nf_elementwise_kernel, 2)                                            \
+    K(bias_gelu_tanh_backward, nf_elementwise_kernel, 3)                                   \
     K(bias_gelu_quick, nf_elementwise_kernel, 2)                                           \
+    K(bias_gelu_quick_backward, nf_elementwise_kernel, 3)                                  \
     K(swiglu, nf_elementwise_kernel, 2)                                                    \
     K(geglu_erf, nf_elementwise_kernel, 2)                                                 \
     K(geglu_tanh, nf_elementwise_kernel, 2)                                                \

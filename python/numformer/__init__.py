@@ -19,6 +19,11 @@ from numformer.ops.arithmetic import take_along_axis as take_along_axis
 from numformer.ops.arithmetic import tanh as tanh
 from numformer.ops.arithmetic import where as where
 from numformer.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
+from numformer.ops.dropout import dropout as dropout
+from numformer.ops.gated import geglu as geglu
+from numformer.ops.gated import silu as silu
+from numformer.ops.gated import swiglu as swiglu
+from numformer.ops.gelu import bias_gelu as bias_gelu
 from numformer.ops.gelu import gelu as gelu
 from numformer.tensor import Tensor as Tensor
 from numformer.tensor import checkpoint as checkpoint

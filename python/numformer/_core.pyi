@@ -38,8 +38,11 @@ geglu_tanh: np.ufunc
 geglu_erf: np.ufunc
 swiglu: np.ufunc
 bias_gelu_quick: np.ufunc
+bias_gelu_quick_backward: np.ufunc
 bias_gelu_tanh: np.ufunc
+bias_gelu_tanh_backward: np.ufunc
 bias_gelu_erf: np.ufunc
+bias_gelu_erf_backward: np.ufunc
 
 # mixture of experts; order: (offsets, source, row)
 _Order = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -77,3 +80,14 @@ def adamw_step(params: Sequence[np.ndarray], grads: Sequence[np.ndarray], m: Seq
                v: Sequence[np.ndarray], decays: Sequence[float], lr: float, beta1: float, beta2: float, eps: float,
                count: float, scale: float, /) -> None: ...
 def global_norm(arrays: Sequence[np.ndarray], /) -> float: ...
+
+# rows: gated units, GeLU after a bias
+def gated(form: int, gate: np.ndarray, up: np.ndarray, /) -> np.ndarray: ...
+def gated_backward(form: int, gate: np.ndarray, up: np.ndarray, dy: np.ndarray,
+                   /) -> tuple[np.ndarray, np.ndarray]: ...
+def bias_gelu(form: int, x: np.ndarray, bias: np.ndarray, /) -> np.ndarray: ...
+def bias_gelu_backward(form: int, x: np.ndarray, bias: np.ndarray, dy: np.ndarray,
+                       /) -> tuple[np.ndarray, np.ndarray]: ...
+
+# random numbers
+def dropout(x: np.ndarray, p: float, key: int, /) -> np.ndarray: ...

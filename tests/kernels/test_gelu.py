@@ -7,7 +7,7 @@ from tests import oracle
 SIZES = [0, 1, 3, 15, 16, 17, 31, 33, 97, 16384, 16385, 50001]
 
 
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 @pytest.mark.parametrize("n", SIZES)
 def test_matches_the_float64_formula(n, approximate):
     x = np.linspace(-6, 6, n, dtype=np.float32)

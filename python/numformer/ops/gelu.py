@@ -3,17 +3,22 @@ from numformer import _core
 from numformer.ops.arguments import as_floats
 from numformer.tensor import apply
 
-__all__ = ["gelu", "gelu_backward", "gelu_forward"]
+__all__ = ["bias_gelu", "bias_gelu_backward", "bias_gelu_forward", "gelu", "gelu_backward", "gelu_forward"]
 
-_FORWARD = {"none": _core.gelu_erf, "tanh": _core.gelu_tanh}
-_BACKWARD = {"none": _core.gelu_erf_backward, "tanh": _core.gelu_tanh_backward}
+_FORWARD = {"none": _core.gelu_erf, "tanh": _core.gelu_tanh, "quick": _core.gelu_quick}
+_BACKWARD = {"none": _core.gelu_erf_backward, "tanh": _core.gelu_tanh_backward, "quick": _core.gelu_quick_backward}
+_BIAS_FORMS = {"none": 0, "tanh": 1, "quick": 2}    # of _core.bias_gelu
+
+
+def _unknown(op, approximate):
+    return ValueError(f'{op}: approximate must be "none", "tanh" or "quick", got {approximate!r}')
 
 
 def gelu_forward(x, approximate="none", *, out=None):
     """Return ``(y, saved)``; `saved` is what :func:`gelu_backward` needs."""
     x = as_floats(x, "gelu", "x")
     if approximate not in _FORWARD:
-        raise ValueError(f'gelu: approximate must be "none" or "tanh", got {approximate!r}')
+        raise _unknown("gelu", approximate)
     return _core.pooled(_FORWARD[approximate], x, out=out), (x, approximate)
 
 
@@ -29,7 +34,10 @@ def gelu(x, approximate="none", *, out=None):
     Parameters
     ----------
     x : array_like or Tensor, float32 or float64, any shape
-    approximate : {"none", "tanh"}
+    approximate : {"none", "tanh", "quick"}
+        "none": ``x Phi(x)``, Phi the normal distribution function (torch's default). "tanh":
+        ``x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))``, which is the tanh form of the paper (GPT-2). "quick":
+        ``x / (1 + exp(-1.702 x))`` (CLIP). Each to 2 ULP on the whole line, the negative tail included.
     out : ndarray, optional
         Where to write the result; may be `x` itself, unless `x` is a Tensor.
 
@@ -45,3 +53,42 @@ def gelu(x, approximate="none", *, out=None):
         If `x` is not float32 or float64.
     """
     return apply(gelu_forward, gelu_backward, x, approximate=approximate, out=out)
+
+
+def bias_gelu_forward(x, bias, approximate="none"):
+    """Return ``(y, saved)``; `saved` is what :func:`bias_gelu_backward` needs."""
+    x, bias = as_floats(x, "bias_gelu", "x"), as_floats(bias, "bias_gelu", "bias")
+    if approximate not in _BIAS_FORMS:
+        raise _unknown("bias_gelu", approximate)
+    form = _BIAS_FORMS[approximate]
+    return _core.bias_gelu(form, x, bias), (form, x, bias)
+
+
+def bias_gelu_backward(dy, saved):
+    """Return the gradients with respect to `x` and `bias`."""
+    return _core.bias_gelu_backward(*saved, dy)
+
+
+def bias_gelu(x, bias, approximate="none"):
+    """Compute ``gelu(x + bias, approximate)`` in one pass over memory.
+
+    Parameters
+    ----------
+    x : array_like or Tensor, float32 or float64, shape (..., N)
+    bias : array_like or Tensor, shape (N,), of the dtype of `x`
+        Its gradient is summed over all rows in one order, whatever the number of threads.
+    approximate : {"none", "tanh", "quick"}
+        As for :func:`gelu`.
+
+    Returns
+    -------
+    ndarray, or Tensor where one came in, of the shape and dtype of `x`
+
+    Raises
+    ------
+    ValueError
+        If `bias` is not of shape (N,), or `approximate` is not one of the names above.
+    TypeError
+        If a dtype is not float32 or float64, or they differ.
+    """
+    return apply(bias_gelu_forward, bias_gelu_backward, x, bias, approximate=approximate)

@@ -1,0 +1,121 @@
+"""SiLU and the gated units: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202)."""
+from numformer import _core
+from numformer.ops.arguments import as_floats
+from numformer.tensor import apply
+
+__all__ = ["geglu", "geglu_backward", "geglu_forward", "silu", "silu_backward", "silu_forward", "swiglu",
+           "swiglu_backward", "swiglu_forward"]
+
+_FORMS = {"none": 1, "tanh": 2, "quick": 3}     # of _core.gated; 0 is SwiGLU
+
+
+def silu_forward(x, *, out=None):
+    """Return ``(y, saved)``; `saved` is what :func:`silu_backward` needs."""
+    x = as_floats(x, "silu", "x")
+    return _core.pooled(_core.silu, x, out=out), x
+
+
+def silu_backward(dy, saved):
+    """Return the gradient with respect to `x`, in a tuple."""
+    return (_core.pooled(_core.silu_backward, saved, dy),)
+
+
+def silu(x, *, out=None):
+    """Apply SiLU, ``x / (1 + exp(-x))`` (Elfwing et al. 2017, arXiv:1702.03118), to every element.
+
+    Parameters
+    ----------
+    x : array_like or Tensor, float32 or float64, any shape
+    out : ndarray, optional
+        Where to write the result; may be `x` itself, unless `x` is a Tensor.
+
+    Returns
+    -------
+    ndarray, or Tensor where `x` is one, of the shape and dtype of `x`
+
+    Raises
+    ------
+    TypeError
+        If `x` is not float32 or float64.
+    """
+    return apply(silu_forward, silu_backward, x, out=out)
+
+
+def swiglu_forward(gate, up):
+    """Return ``(y, saved)``; `saved` is what :func:`swiglu_backward` needs."""
+    gate, up = as_floats(gate, "swiglu", "gate"), as_floats(up, "swiglu", "up")
+    return _gated("swiglu", 0, gate, up), (gate, up)
+
+
+def swiglu_backward(dy, saved):
+    """Return the gradients with respect to `gate` and `up`."""
+    return _core.gated_backward(0, *saved, dy)
+
+
+def swiglu(gate, up):
+    """Compute ``silu(gate) * up`` in one pass over memory.
+
+    Parameters
+    ----------
+    gate, up : array_like or Tensor, float32 or float64, of one shape and dtype
+        They may be the halves of one array, ``h[..., :I]`` and ``h[..., I:]``: rows of contiguous elements are read
+        where they lie. Other strides are copied.
+
+    Returns
+    -------
+    ndarray, or Tensor where one came in, of the shape and dtype of `gate`
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+    TypeError
+        If a dtype is not float32 or float64, or they differ.
+    """
+    return apply(swiglu_forward, swiglu_backward, gate, up)
+
+
+def geglu_forward(gate, up, approximate="none"):
+    """Return ``(y, saved)``; `saved` is what :func:`geglu_backward` needs."""
+    gate, up = as_floats(gate, "geglu", "gate"), as_floats(up, "geglu", "up")
+    if approximate not in _FORMS:
+        raise ValueError(f'geglu: approximate must be "none", "tanh" or "quick", got {approximate!r}')
+    form = _FORMS[approximate]
+    return _gated("geglu", form, gate, up), (form, gate, up)
+
+
+def geglu_backward(dy, saved):
+    """Return the gradients with respect to `gate` and `up`."""
+    return _core.gated_backward(*saved, dy)
+
+
+def geglu(gate, up, approximate="none"):
+    """Compute ``gelu(gate, approximate) * up`` in one pass over memory.
+
+    Parameters
+    ----------
+    gate, up : array_like or Tensor, float32 or float64, of one shape and dtype
+        They may be the halves of one array, as for :func:`swiglu`.
+    approximate : {"none", "tanh", "quick"}
+        As for :func:`numformer.gelu`.
+
+    Returns
+    -------
+    ndarray, or Tensor where one came in, of the shape and dtype of `gate`
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, or `approximate` is not one of the names above.
+    TypeError
+        If a dtype is not float32 or float64, or they differ.
+    """
+    return apply(geglu_forward, geglu_backward, gate, up, approximate=approximate)
+
+
+def _gated(op, form, gate, up):
+    if gate.shape != up.shape:
+        raise ValueError(f"{op}: gate and up must have one shape, got {gate.shape} and {up.shape}")
+    if gate.dtype is not up.dtype and gate.dtype != up.dtype:
+        raise TypeError(f"{op}: gate and up must have one dtype, got {gate.dtype} and {up.dtype}; convert with .astype")
+    return _core.gated(form, gate, up)
