@@ -87,3 +87,40 @@ def attention(q, k, v, mask=None, causal=None, scale=None):
             out[b, h, i] = p @ v[b, h // group, keys] / p.sum()
             lse[b, h, i] = s.max() + math.log(p.sum())
     return out, lse
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    top = x.max(-1, keepdims=True)
+    return x - top - np.log(np.exp(x - top).sum(-1, keepdims=True))
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    x = np.asarray(x, np.float64)
+    mean = x.mean(-1, keepdims=True)
+    return (x - mean) / np.sqrt(((x - mean) ** 2).mean(-1, keepdims=True) + eps) * weight + bias
+
+
+def rms_norm(x, weight, eps=1e-6):
+    x = np.asarray(x, np.float64)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
+    losses = []
+    for x, t in zip(np.asarray(logits, np.float64), targets):
+        logp = log_softmax(x)
+        lse = x[0] - logp[0]
+        losses.append(-(1 - label_smoothing) * logp[t] - label_smoothing * logp.mean() + z_loss * lse**2
+                      if t != -100 else 0.0)
+    if reduction == "none":
+        return np.array(losses)
+    return sum(losses) / (max(sum(targets != -100), 1) if reduction == "mean" else 1)
+
+
+def rotary(x, cos, sin, interleaved):
+    """Pairs as complex numbers, times exp(i angle)."""
+    x, half, turn = np.asarray(x, np.float64), x.shape[-1] // 2, cos.astype(float) + 1j * sin
+    if interleaved:
+        z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
+        return np.stack([z.real, z.imag], -1).reshape(x.shape)
+    z = (x[..., :half] + 1j * x[..., half:]) * turn
+    return np.concatenate([z.real, z.imag], -1)

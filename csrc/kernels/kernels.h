@@ -15,6 +15,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/rowwise.h"
+
 /* ---- elementwise: contiguous arrays, out[i] = f(in[0][i], in[1][i], ...) ---- */
 
 typedef void nf_elementwise_kernel(const void *const *in, void *out, size_t n);
@@ -82,7 +84,24 @@ typedef void nf_dropout_kernel(const void *x, void *y, size_t n, uint64_t key,
 
 /* ---- rowwise: norms, softmaxes, losses, embedding, rotary ---- */
 
-#define NF_KERNELS_rowwise(K)
+/* Rows begin .. end-1 of an op: kernels/rowwise.h has the structs that args points to. */
+#define NF_KERNELS_rowwise(K)                                                              \
+    K(layer_norm, nf_row_kernel)                                                           \
+    K(layer_norm_backward, nf_row_kernel)                                                  \
+    K(rms_norm, nf_row_kernel)                                                             \
+    K(rms_norm_backward, nf_row_kernel)                                                    \
+    K(column_sums, nf_row_kernel)                                                          \
+    K(softmax, nf_row_kernel)                                                              \
+    K(softmax_backward, nf_row_kernel)                                                     \
+    K(log_softmax, nf_row_kernel)                                                          \
+    K(log_softmax_backward, nf_row_kernel)                                                 \
+    K(cross_entropy, nf_row_kernel)                                                        \
+    K(cross_entropy_backward, nf_row_kernel)                                               \
+    K(softmax_entropy, nf_row_kernel)                                                      \
+    K(softmax_entropy_backward, nf_row_kernel)                                             \
+    K(embedding, nf_row_kernel)                                                            \
+    K(embedding_backward, nf_row_kernel)                                                   \
+    K(rotary, nf_row_kernel)
 #define NF_PLAIN_KERNELS_rowwise(K)
 
 /* ---- gemm: matrix products ---- */
