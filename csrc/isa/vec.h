@@ -52,6 +52,7 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_sqrt_f32(a)                                the square root
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
+       nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
        nf_dot_u8s8(sum, a, b)                        sums of four products of bytes
    and the sizes of the register tile of a matrix product, rows by vectors:
        NF_TILE_ROWS, NF_TILE_VECTORS */

@@ -110,6 +110,20 @@ nf_lookup_f32(const float table[32], vi32 index)
     return (vf32)_mm256_i32gather_ps(table, (__m256i)(index & 31), 4);
 }
 
+NF_INLINE vf32
+nf_load_blocks_f32(const float *p, ptrdiff_t step)
+{
+    const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(p));
+    return (vf32)_mm256_insertf128_ps(low, _mm_loadu_ps(p + step), 1);
+}
+
+NF_INLINE vf64
+nf_load_blocks_f64(const double *p, ptrdiff_t step)
+{
+    const __m256d low = _mm256_castpd128_pd256(_mm_loadu_pd(p));
+    return (vf64)_mm256_insertf128_pd(low, _mm_loadu_pd(p + step), 1);
+}
+
 /* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. Pairs saturate at
    16 bits: safe where a <= 127. */
 NF_INLINE vi32

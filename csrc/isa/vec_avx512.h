@@ -121,6 +121,24 @@ nf_lookup_f32(const float table[32], vi32 index)
                                         _mm512_loadu_ps(table + 16));
 }
 
+NF_INLINE vf32
+nf_load_blocks_f32(const float *p, ptrdiff_t step)
+{
+    __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+    v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_loadu_ps(p + step));
+    v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_loadu_ps(p + 2 * step));
+    return (vf32)_mm512_mask_broadcast_f32x4(v, 0xf000, _mm_loadu_ps(p + 3 * step));
+}
+
+NF_INLINE vf64
+nf_load_blocks_f64(const double *p, ptrdiff_t step)
+{
+    __m512d v = _mm512_castpd128_pd512(_mm_loadu_pd(p));
+    v = _mm512_mask_broadcast_f64x2(v, 0x0c, _mm_loadu_pd(p + step));
+    v = _mm512_mask_broadcast_f64x2(v, 0x30, _mm_loadu_pd(p + 2 * step));
+    return (vf64)_mm512_mask_broadcast_f64x2(v, 0xc0, _mm_loadu_pd(p + 3 * step));
+}
+
 /* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. Without VNNI pairs
    saturate at 16 bits: safe where a <= 127. */
 NF_INLINE vi32

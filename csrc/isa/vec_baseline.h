@@ -123,6 +123,20 @@ nf_lookup_f32(const float table[32], vi32 index)
                   table[index[3] & 31]};
 }
 
+NF_INLINE vf32
+nf_load_blocks_f32(const float *p, ptrdiff_t step)
+{
+    (void)step;
+    return *(const vf32 *)p;
+}
+
+NF_INLINE vf64
+nf_load_blocks_f64(const double *p, ptrdiff_t step)
+{
+    (void)step;
+    return *(const vf64 *)p;
+}
+
 /* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. */
 NF_INLINE vi32
 nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)

@@ -146,6 +146,10 @@ typedef struct {
     /* a task: one block of queries of one head */
     nf_attention_size *forward_scratch;
     nf_attention_task *forward;
+    /* the same for few queries, where decode_fits: a task is one KV head */
+    int (*decode_fits)(const nf_attention *p);
+    nf_attention_size *decode_scratch;
+    nf_attention_task *decode;
     /* three passes over one workspace. Tasks of the second, a block of keys of a KV head,
        must start in ascending order: a later one waits for an earlier one. */
     nf_attention_size *backward_workspace, *backward_scratch;

@@ -43,6 +43,10 @@ cycles(const nf_attention *p)
 nf_status
 nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *p)
 {
+    if (kernels->decode_fits(p)) {
+        return run(kernels->decode, p, p->batch * p->kv_heads, cycles(p),
+                   kernels->decode_scratch(p));
+    }
     const ptrdiff_t count =
         p->batch * p->heads * blocks_of(p->queries, kernels->block_queries);
     return run(kernels->forward, p, count, cycles(p), kernels->forward_scratch(p));

@@ -42,7 +42,8 @@ def test_matches_the_float64_formula_at_every_head_size(dim, dtype, causal):
 
 
 @pytest.mark.parametrize("causal", [None, "bottom_right", "top_left"])
-@pytest.mark.parametrize("sq, sk", [(1, 1), (2, 5), (5, 2), (1, 130), (15, 17), (48, 128), (49, 129), (65, 63), (97, 3)])
+@pytest.mark.parametrize("sq, sk", [(1, 1), (2, 5), (5, 2), (1, 130), (15, 17), (48, 128), (49, 129), (65, 63),
+                                    (97, 3)])
 def test_any_lengths_and_both_alignments(sq, sk, causal):
     q, k, v = arrays(4, 2, sq, sk, 16, 24, batch=2)
     out, lse = sdpa(q, k, v, is_causal=causal is not None, causal_align=causal or "bottom_right", return_lse=True)
@@ -206,7 +207,7 @@ def test_wrong_arrays_are_named_in_the_error():
         sdpa(q.astype(np.float16), k, v)
     with pytest.raises(TypeError, match="query must be an array, got list"):
         sdpa([1.0], k, v)
-    with pytest.raises(TypeError, match="scale|number|float"):
+    with pytest.raises(TypeError, match="real number"):
         sdpa(q, k, v, scale="half")
     with pytest.raises(ValueError, match="causal_align"):
         sdpa(q, k, v, is_causal=True, causal_align="top")

@@ -134,7 +134,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
 def _split(qkv, num_heads, num_kv_heads):
     """query, key and value as (B, heads, S, D) views of (B, S, (H + 2 Hkv) D)."""
-    batch, length, width = qkv.shape
+    batch, length, _ = qkv.shape
     heads = qkv.reshape(batch, length, num_heads + 2 * num_kv_heads, -1).transpose(0, 2, 1, 3)
     return heads[:, :num_heads], heads[:, num_heads:num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads:]
 
