@@ -9,7 +9,7 @@ from tests.kernels.test_attention import arrays, sdpa
 
 
 def gradients(q, k, v, dout, mask=None, causal=0, dlse=None):
-    y, saved = attention_forward(q, k, v, mask, causal, None, dlse is not None)
+    _y, saved = attention_forward(q, k, v, mask, causal, None, dlse is not None)
     return attention_backward(dout if dlse is None else (dout, dlse), saved)[:3]
 
 
@@ -196,7 +196,7 @@ def test_the_tape_gives_the_same_gradients_with_and_without_lse():
     for x, w in zip(tensors, want, strict=True):
         assert (x.grad == w).all()
     again = [nf.Tensor(x, requires_grad=True) for x in arrays_in]
-    out, lse = sdpa(*again, is_causal=True, return_lse=True)
+    out, _lse = sdpa(*again, is_causal=True, return_lse=True)
     out.backward(dout)
     for x, w in zip(again, want, strict=True):
         assert (x.grad == w).all()

@@ -10,3 +10,4 @@ from numformer.nn.layers import Linear as Linear
 from numformer.nn.layers import RMSNorm as RMSNorm
 from numformer.nn.mlp import MLP as MLP
 from numformer.nn.module import Module as Module
+from numformer.nn.moe import MoE as MoE

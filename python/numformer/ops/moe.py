@@ -15,8 +15,8 @@ from numformer.tensor import apply
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
            "dispatch_forward", "load_balancing_loss", "load_balancing_loss_backward", "load_balancing_loss_forward",
            "mlp", "mlp_backward", "mlp_forward", "route", "route_backward", "route_expert_choice",
-           "route_expert_choice_backward", "route_expert_choice_forward", "route_forward", "router_z_loss", "router_z_loss_backward",
-           "router_z_loss_forward"]
+           "route_expert_choice_backward", "route_expert_choice_forward", "route_forward", "router_z_loss",
+           "router_z_loss_backward", "router_z_loss_forward"]
 
 
 class Routing:
