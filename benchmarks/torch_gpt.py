@@ -1,4 +1,4 @@
-"""numformer.models.GPT written in torch, eager: the peer of the training step and of decoding. Takes the weights of ours."""
+"""numformer.models.GPT in torch, eager: the peer of the training step and of decoding. It takes the weights of ours."""
 import math
 
 import torch
