@@ -47,3 +47,4 @@ from numformer import nn as nn  # isort: skip
 from numformer import models as models  # isort: skip
 from numformer import data as data  # isort: skip
 from numformer import train as train  # isort: skip
+from numformer import rlhf as rlhf  # isort: skip
