@@ -166,3 +166,14 @@ def test_a_tensor_is_described_as_an_array_is():
     assert np.asarray(x) is x.data and not leaf(1.0).detach().requires_grad
     with pytest.raises(TypeError, match="detach"):
         np.asarray(leaf(1.0))
+
+
+def test_the_gradient_of_a_scaled_scalar_reaches_backward_as_an_array():
+    def check(dy, saved):
+        assert type(dy) is np.ndarray
+        return (np.broadcast_to(dy, saved),)
+
+    x = Tensor(np.ones(3), requires_grad=True)
+    total = apply(lambda x: (np.asarray(x.sum()), x.shape), check, x)
+    (total * 0.5 + total / 4).backward()
+    np.testing.assert_array_equal(x.grad, 0.75)
