@@ -3,6 +3,11 @@ from numformer.rlhf.advantages import AdaptiveKL as AdaptiveKL
 from numformer.rlhf.advantages import gae as gae
 from numformer.rlhf.advantages import grpo_advantages as grpo_advantages
 from numformer.rlhf.advantages import kl_penalty as kl_penalty
+from numformer.rlhf.batches import CompletionBatches as CompletionBatches
+from numformer.rlhf.batches import PairBatches as PairBatches
+from numformer.rlhf.best_of_n import best_of_n as best_of_n
+from numformer.rlhf.best_of_n import best_of_n_kl as best_of_n_kl
+from numformer.rlhf.config import PPOConfig as PPOConfig
 from numformer.rlhf.losses import dpo_loss as dpo_loss
 from numformer.rlhf.losses import ppo_policy_loss as ppo_policy_loss
 from numformer.rlhf.losses import ppo_value_loss as ppo_value_loss
@@ -12,3 +17,10 @@ from numformer.rlhf.masked import explained_variance as explained_variance
 from numformer.rlhf.masked import masked_mean as masked_mean
 from numformer.rlhf.masked import masked_sum as masked_sum
 from numformer.rlhf.masked import masked_whiten as masked_whiten
+from numformer.rlhf.ppo import PPO as PPO
+from numformer.rlhf.ppo import Rollout as Rollout
+from numformer.rlhf.scorers import RewardModel as RewardModel
+from numformer.rlhf.scorers import ValueModel as ValueModel
+from numformer.rlhf.sequences import Sequences as Sequences
+from numformer.rlhf.sequences import completion_log_probs as completion_log_probs
+from numformer.rlhf.sequences import completion_values as completion_values

@@ -1,0 +1,42 @@
+"""Small models and prompts for these tests."""
+import numpy as np
+import pytest
+
+import numformer as nf
+from numformer import rlhf
+
+EOS, LIKED, VOCAB = 1, 7, 24
+
+
+def gpt(seed=0, **options):
+    shape = {"vocab_size": VOCAB, "block_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16} | options
+    return nf.models.GPT(nf.models.GPTConfig(**shape), rng=np.random.default_rng(seed))
+
+
+def prompts(count=12, least=1, most=9, seed=3):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, VOCAB, rng.integers(least, most + 1)).tolist() for _ in range(count)]
+
+
+def liked(prompts, completions):
+    """The share of one token among eight."""
+    return [row.count(LIKED) / 8 for row in completions]
+
+
+def ppo(seed=0, policy=None, reference=None, reward_fn=liked, pretrain=None, model=None, **options):
+    policy = policy or gpt(seed, **(model or {}))
+    numbers = {"batch": 16, "minibatch": 8, "epochs": 2, "max_new_tokens": 8, "eos_id": EOS, "lr": 3e-3} | options
+    return rlhf.PPO(policy, reference, rlhf.ValueModel.from_gpt(policy, rng=np.random.default_rng(1)), reward_fn,
+                    prompts(), rlhf.PPOConfig(**numbers), rng=np.random.default_rng(seed), pretrain=pretrain)
+
+
+def _bits_by_row():
+    """Whether a row of a product has the same bits alone and in a batch."""
+    rng, small = np.random.default_rng(0), gpt(n_expert=4).eval().as_arrays()
+    x = rng.standard_normal((9, 16)).astype(np.float32)
+    weight = rng.standard_normal((24, 16)).astype(np.float32)
+    return all(np.array_equal(f(x)[i:i + 1], f(x[i:i + 1])) for i in range(9)
+               for f in (lambda x: nf.linear(x, weight), small.blocks[0].mlp))
+
+
+needs_own_product = pytest.mark.skipif(not _bits_by_row(), reason="NumPy's product: its bits depend on the batch")

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+
+from numformer import rlhf
+from tests.rlhf.small import EOS, gpt, liked, prompts
+
+
+def test_the_best_of_each_prompts_samples_is_kept():
+    rows = prompts(5)
+    model, seen = gpt(), []
+
+    def reward(p, c):
+        seen.extend(zip(map(tuple, p), map(tuple, c)))
+        return liked(p, c)
+
+    best, scores = rlhf.best_of_n(model, rows, 6, reward, rng=np.random.default_rng(0), max_new_tokens=8, eos_id=EOS)
+    assert scores.shape == (5, 6) and [p for p, _ in seen] == [tuple(p) for p in rows for _ in range(6)]
+    np.testing.assert_array_equal(liked(rows, best), scores.max(1))
+    for i, completion in enumerate(best):
+        assert seen[6 * i + scores[i].argmax()] == (tuple(rows[i]), tuple(completion))
+    again, _ = rlhf.best_of_n(model, rows, 6, liked, rng=np.random.default_rng(0), max_new_tokens=8, eos_id=EOS)
+    assert again == best and scores.max(1).mean() > scores.mean()
+
+
+def test_greedy_samples_are_all_the_same_in_any_batch():
+    rows = prompts(3)
+    results = [rlhf.best_of_n(gpt(), rows, 2, liked, rng=None, max_new_tokens=4, temperature=0, batch=batch)[0]
+               for batch in (1, 4, 64)]
+    assert results[0] == results[1] == results[2]
+
+
+def test_the_kl_of_best_of_n():
+    assert rlhf.best_of_n_kl(1) == 0 and rlhf.best_of_n_kl(4) == pytest.approx(np.log(4) - 0.75)
+
+
+def test_bad_input_is_named():
+    for options, message in (({"n": 0}, "n and batch must be 1 or more, got 0 and 64"),
+                             ({"reward_fn": lambda p, c: [1.0]}, r"must give 4 scores, got an array of shape \(1,\)"),
+                             ({"reward_fn": lambda p, c: [0, np.inf, 0, 0]}, "score 1 that reward_fn gave is inf")):
+        call = {"n": 2, "reward_fn": liked} | options
+        with pytest.raises(ValueError, match=f"best_of_n: .*{message}"):
+            rlhf.best_of_n(gpt(), prompts(2), call["n"], call["reward_fn"], rng=np.random.default_rng(0),
+                           max_new_tokens=2)
