@@ -214,7 +214,7 @@ class PPO:
                 "episode": float(self.iteration * c.batch)}
 
     def run(self, iterations, *, checkpoint=None, every=1, callbacks=()):
-        """Iterate until :attr:`iteration` is `iterations`; return the metrics of the last one.
+        """Iterate until :attr:`iteration` is `iterations`; return the metrics of the last one (none: an empty dict).
 
         Parameters
         ----------
