@@ -74,7 +74,7 @@ class PPO:
     Parameters
     ----------
     policy : GPT
-        Changed in place. Dense or with experts; set to evaluation mode, so dropout stays off.
+        Changed in place. Dense or with experts. Each rollout sets evaluation mode, so dropout stays off.
     reference : GPT or None
         What the KL is measured to; None takes a copy of the policy as it is now.
     value : ValueModel
@@ -100,7 +100,7 @@ class PPO:
     def __init__(self, policy, reference, value, reward_fn, prompts, config, *, rng, pretrain=None):
         if reference is policy:
             raise ValueError("PPO: reference is the policy itself, which changes; give another copy, or None")
-        self.policy, self.value, self.config = policy.eval(), value.eval(), config
+        self.policy, self.value, self.config = policy, value, config
         self.reference = _copy(policy) if reference is None else reference
         self.reward_fn, self.rng, self.pretrain = reward_fn, rng, pretrain
         self.prompts = [[int(i) for i in prompt] for prompt in prompts]
@@ -132,6 +132,8 @@ class PPO:
             If reward_fn does not give a finite score for each completion.
         """
         c = self.config
+        self.policy.eval()
+        self.value.eval()
         prompts = self._next_prompts()
         whole = self.policy.generate(prompts, c.max_new_tokens, temperature=c.temperature, eos_id=c.eos_id,
                                      rng=self.rng)
