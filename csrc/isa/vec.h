@@ -39,6 +39,8 @@
 typedef float vf32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));
 typedef int32_t vi32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));
 typedef uint32_t vu32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));
+typedef int16_t vi16 __attribute__((vector_size(NF_BYTES), aligned(2), may_alias));
+typedef uint16_t vu16 __attribute__((vector_size(NF_BYTES), aligned(2), may_alias));
 typedef double vf64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alias));
 typedef int64_t vi64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alias));
 typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alias));
@@ -53,7 +55,15 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
-       nf_dot_u8s8(sum, a, b)                        sums of four products of bytes
+       NF_OPAQUE(v)                                  from here on the compiler knows nothing
+                                                     of the vector v
+       nf_pairs_u8s8(a, b)                           sums of two products of bytes, as 16 bits;
+                                                     a unsigned, b signed; they must fit
+       nf_sum_pairs(p)                               sums of two 16-bit numbers
+       nf_dot_s16(sum, a, b)                         sum plus two products of 16-bit numbers,
+                                                     each of which must fit 16 bits
+       nf_dot_u8s8(sum, a, b)                        where NF_HAS_DOT is 1: sum plus four
+                                                     products of bytes of any value
    and the sizes of the register tile of a matrix product, rows by vectors:
        NF_TILE_ROWS, NF_TILE_VECTORS */
 #if NF_BYTES == 64
@@ -63,5 +73,14 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
 #else
 #include "isa/vec_baseline.h"
 #endif
+
+/* a*b rounded by itself, also where it is added to something. */
+NF_INLINE vf32
+nf_times_f32(vf32 a, vf32 b)
+{
+    vf32 product = a * b;
+    NF_OPAQUE(product);
+    return product;
+}
 
 #endif

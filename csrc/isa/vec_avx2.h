@@ -1,6 +1,8 @@
 /* AVX2 with FMA and F16C: 16 registers of 32 bytes. */
 #include <immintrin.h>
 
+#define NF_OPAQUE(v) __asm__("" : "+x"(v))
+
 /* 12 sums, 2 of B and a broadcast. */
 enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
 
@@ -124,11 +126,22 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return (vf64)_mm256_insertf128_pd(low, _mm_loadu_pd(p + step), 1);
 }
 
-/* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. Pairs saturate at
-   16 bits: safe where a <= 127. */
-NF_INLINE vi32
-nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)
+#define NF_HAS_DOT 0
+
+NF_INLINE vi16
+nf_pairs_u8s8(vi32 a, vi32 b)
 {
-    const __m256i pairs = _mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-    return sum + (vi32)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return (vi16)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+}
+
+NF_INLINE vi32
+nf_sum_pairs(vi16 p)
+{
+    return (vi32)_mm256_madd_epi16((__m256i)p, _mm256_set1_epi16(1));
+}
+
+NF_INLINE vi32
+nf_dot_s16(vi32 sum, vi16 a, vi16 b)
+{
+    return sum + (vi32)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 }

@@ -1,6 +1,8 @@
 /* AVX-512 (F, BW, DQ, VL) with FMA: 32 registers of 64 bytes. */
 #include <immintrin.h>
 
+#define NF_OPAQUE(v) __asm__("" : "+v"(v))
+
 /* 28 sums, 2 of B and a broadcast: 16 loads for 28 FMAs. */
 enum { NF_TILE_ROWS = 14, NF_TILE_VECTORS = 2 };
 
@@ -139,15 +141,32 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return (vf64)_mm512_mask_broadcast_f64x2(v, 0xc0, _mm_loadu_pd(p + 3 * step));
 }
 
-/* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. Without VNNI pairs
-   saturate at 16 bits: safe where a <= 127. */
+#if defined(__AVX512VNNI__)
+#define NF_HAS_DOT 1
+
 NF_INLINE vi32
 nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)
 {
-#if defined(__AVX512VNNI__)
     return (vi32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#else
-    const __m512i pairs = _mm512_maddubs_epi16((__m512i)a, (__m512i)b);
-    return sum + (vi32)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#endif
 }
+#else
+#define NF_HAS_DOT 0
+
+NF_INLINE vi16
+nf_pairs_u8s8(vi32 a, vi32 b)
+{
+    return (vi16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+}
+
+NF_INLINE vi32
+nf_sum_pairs(vi16 p)
+{
+    return (vi32)_mm512_madd_epi16((__m512i)p, _mm512_set1_epi16(1));
+}
+
+NF_INLINE vi32
+nf_dot_s16(vi32 sum, vi16 a, vi16 b)
+{
+    return sum + (vi32)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+}
+#endif

@@ -1,6 +1,14 @@
 /* Any machine with 128-bit vectors (SSE2, NEON): no intrinsics, only what the compiler makes
    of vector extensions. */
 
+#if defined(__x86_64__)
+#define NF_OPAQUE(v) __asm__("" : "+x"(v))
+#elif defined(__aarch64__)
+#define NF_OPAQUE(v) __asm__("" : "+w"(v))
+#else
+#define NF_OPAQUE(v) __asm__("" : "+m"(v))
+#endif
+
 /* 12 sums of 16 registers. */
 enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
 
@@ -137,16 +145,23 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return *(const vf64 *)p;
 }
 
-/* sum[i] += a[4i..4i+3] . b[4i..4i+3], a unsigned and b signed bytes. */
-NF_INLINE vi32
-nf_dot_u8s8(vi32 sum, vi32 a, vi32 b)
+#define NF_HAS_DOT 0
+
+NF_INLINE vi16
+nf_pairs_u8s8(vi32 a, vi32 b)
 {
-    uint8_t u[16];
-    int8_t s[16];
-    memcpy(u, &a, sizeof u);
-    memcpy(s, &b, sizeof s);
-    for (int i = 0; i < 16; i++) {
-        sum[i / 4] += (int)u[i] * (int)s[i];
-    }
-    return sum;
+    const vi16 even = ((vi16)a & 0xff) * ((vi16)((vu16)b << 8) >> 8);
+    return even + (vi16)((vu16)a >> 8) * ((vi16)b >> 8);
+}
+
+NF_INLINE vi32
+nf_sum_pairs(vi16 p)
+{
+    return ((vi32)((vu32)p << 16) >> 16) + ((vi32)p >> 16);
+}
+
+NF_INLINE vi32
+nf_dot_s16(vi32 sum, vi16 a, vi16 b)
+{
+    return sum + nf_sum_pairs(a * b);
 }

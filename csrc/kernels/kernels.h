@@ -198,8 +198,65 @@ typedef void nf_moe_scatter_kernel(const void *dy, const void *row, const void *
 
 /* ---- quant: quantized weights ---- */
 
+enum { NF_QUANT_PANEL = 16 }; /* columns: the int32 lanes of the widest vector */
+
+/* Weights w = s (u - z) as the kernels read them: panels of columns, each contiguous along K,
+   every group of K filled up to a multiple of 8 with anything.
+   4 bits: byte (e, c, j) of a panel holds k = 8e + j low and k = 8e + 4 + j high.
+   8 bits: byte (e, c, j) holds k = 4e + j. */
+typedef struct {
+    size_t n, k;          /* columns of the product, and its depth */
+    size_t group, groups; /* the last group may be shorter */
+    size_t step, depth;   /* a group's length in the layout, and that of all of K */
+    size_t panels;
+    int bits, half;      /* half: scales are float16, else float32 */
+    const uint8_t *u;    /* (panels, depth * bits / 8, NF_QUANT_PANEL) */
+    const void *scale;   /* (panels, groups, NF_QUANT_PANEL) */
+    const uint8_t *zero; /* the same shape; NULL: all 1 << (bits - 1) */
+} nf_quant_weights;
+
+/* Rows of bytes, or of activations x = scale q with q in [-127, 127]. */
+typedef struct {
+    char *q;        /* `pitch` bytes from a row to the next; groups lie as in the weights */
+    size_t pitch;   /* an odd multiple of 64: rows begin on different sets of a cache */
+    float *scale;   /* (rows) */
+    int32_t *minus; /* (rows, groups): minus the sums of q */
+} nf_quant_rows;
+
+/* Rows `row` .. by panels `panel` .., all of K: y[i, n] of the whole product is written, or,
+   of weights in one group, integers[i, n] = d, without scales. */
+typedef struct {
+    const nf_quant_weights *w;
+    const nf_quant_rows *x;
+    size_t row, rows, panel, panels;
+    const float *bias; /* (n) or NULL */
+    float *y;
+    int32_t *integers; /* NULL: y is wanted */
+} nf_quant_tile;
+
+typedef struct {
+    size_t rows, panels; /* of the largest tile */
+    size_t float_rows;   /* of the largest tile of floats */
+    size_t width[2];     /* bytes of a q that meets weights of 4 bits, and of 8 */
+    /* Row `row` of x: from floats, and from bytes as they are. */
+    void (*quantize)(const nf_quant_weights *w, const float *in, const nf_quant_rows *x,
+                     size_t row);
+    void (*copy)(const nf_quant_weights *w, const int8_t *in, const nf_quant_rows *x,
+                 size_t row);
+    void (*multiply)(const nf_quant_tile *tile);
+    /* Depths begin .. end-1 of a panel as floats, (end - begin, NF_QUANT_PANEL). begin is a
+       multiple of 8 from the first of its group, and end lies in that group. */
+    void (*dequantize)(const nf_quant_weights *w, size_t panel, size_t begin, size_t end,
+                       float *out);
+    /* y[i][n] = sum of x[i][k] w[k][n] over k < depth, added to what is there unless `first`;
+       n < columns <= NF_QUANT_PANEL. */
+    void (*multiply_floats)(const float *x, size_t x_pitch, const float *w, size_t depth,
+                            float *y, size_t y_pitch, size_t rows, size_t columns,
+                            int first);
+} nf_quant_kernels;
+
 #define NF_KERNELS_quant(K)
-#define NF_PLAIN_KERNELS_quant(K)
+#define NF_PLAIN_KERNELS_quant(K) K(quant, const nf_quant_kernels)
 
 /* ---- roof: the machine's own limits, for the benchmarks ---- */
 

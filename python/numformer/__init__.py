@@ -43,6 +43,7 @@ from numformer.tensor import checkpoint as checkpoint
 from numformer.tensor import no_grad as no_grad
 
 # after the ops, which they are made of
+from numformer import quant as quant  # isort: skip
 from numformer import nn as nn  # isort: skip
 from numformer import models as models  # isort: skip
 from numformer import data as data  # isort: skip

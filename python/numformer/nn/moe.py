@@ -24,6 +24,7 @@ class MoE(Module):
     router : Tensor (n_expert, n_embd)
     up : Tensor (n_expert, 2 hidden, n_embd), gate first
     down : Tensor (n_expert, n_embd, hidden)
+        `up` and `down` may also be lists of quantized weights, one for each expert.
     routing : numformer.moe.Routing or None
         How the last call distributed its tokens: what the load-balancing loss reads.
     """
@@ -42,5 +43,6 @@ class MoE(Module):
     def __call__(self, x, residual=None):
         tokens = x.reshape(-1, x.shape[-1])
         self.routing = nf.moe.route(project(tokens, self.router), self.top_k)
-        y = nf.moe.mlp(tokens, self.routing, self.up, self.down).reshape(*x.shape)
+        mlp = nf.quant.moe_mlp if isinstance(self.up, list) else nf.moe.mlp
+        y = mlp(tokens, self.routing, self.up, self.down).reshape(*x.shape)
         return y if residual is None else y + residual

@@ -1,0 +1,154 @@
+"""Products with quantized weights."""
+import numpy as np
+
+from numformer import _core
+from numformer.ops.arguments import as_array
+from numformer.ops.arithmetic import concatenate
+from numformer.ops.gated import silu_backward, silu_forward, swiglu
+from numformer.ops.gelu import gelu_backward, gelu_forward
+from numformer.ops.moe import combine, dispatch
+from numformer.tensor import Tensor, apply, is_recording
+
+__all__ = ["int8_matmul", "linear", "linear_backward", "linear_forward", "moe_mlp"]
+
+# name: number in _core.quant_linear, forward, backward
+_ACTIVATIONS = {None: (0, None, None),
+                "gelu": (1, lambda x: gelu_forward(x, "none"), gelu_backward),
+                "gelu_tanh": (2, lambda x: gelu_forward(x, "tanh"), gelu_backward),
+                "gelu_quick": (3, lambda x: gelu_forward(x, "quick"), gelu_backward),
+                "silu": (4, silu_forward, silu_backward)}
+_COMPUTE = {"int8": True, "float32": False}
+
+
+def linear_forward(x, bias, qweight, *, compute="int8", activation=None, out=None, keep=True):
+    """Return ``(y, saved)``; `saved` is what :func:`linear_backward` needs, where `keep`."""
+    number, forward, _ = _ACTIVATIONS[activation]
+    integers = _COMPUTE[compute]
+    if not keep or forward is None:
+        return _core.quant_linear(x, qweight.packed(), bias, integers, number, out), (qweight, bias, activation, None)
+    y, inner = forward(_core.quant_linear(x, qweight.packed(), bias, integers, 0, None))
+    if out is not None:
+        out[...] = y
+        y = out
+    return y, (qweight, bias, activation, inner)
+
+
+def linear_backward(dy, saved):
+    """Return the gradients with respect to `x` and `bias` (None where there is none), and None."""
+    qweight, bias, activation, inner = saved
+    if activation is not None:
+        dy = _ACTIVATIONS[activation][2](dy, inner)[0]
+    dbias = None if bias is None else dy.reshape(-1, dy.shape[-1]).sum(0)
+    return dy @ qweight.dequantize(), dbias, None
+
+
+def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
+    """Compute ``activation(x @ W.T + bias)`` with a quantized W.
+
+    Parameters
+    ----------
+    x : (..., K) array_like or Tensor, float32
+    qweight : QuantizedWeight (N, K)
+    bias : (N,) array_like or Tensor, float32, optional
+    compute : {"int8", "float32"}
+        "int8": each row of x is quantized, q = round(x / a) with a = max|x| / 127, the products of integers are exact
+        sums, and y = a * sum over groups, in ascending order, of scale * sum of products. Rounding x costs some 0.9 %
+        of a row of normal values, more where a few are far larger than the rest. The same bits on every
+        instruction set.
+        "float32": x as it is; weights become floats, each once for some hundred rows.
+    activation : {None, "gelu", "gelu_tanh", "gelu_quick", "silu"}
+    out : (..., N) float32 ndarray, optional
+        Where to write the result; C-contiguous, and no part of `x`.
+
+    Returns
+    -------
+    (..., N) float32 ndarray, or Tensor where `x` or `bias` is one
+        A row's bits do not depend on the other rows nor on the number of threads. A row of x that holds NaN or
+        infinity gives NaN with "int8"; one whose values are all below 2^-120 in magnitude counts as zeros.
+
+    Raises
+    ------
+    TypeError
+        If `x` or `bias` is not float32, or `qweight` is no QuantizedWeight.
+    ValueError
+        If shapes disagree, or an option is none of the above.
+
+    Notes
+    -----
+    There is a gradient with respect to `x` (dy W, rounding taken as the identity: straight-through) and to `bias`;
+    none to the weight.
+    """
+    if not hasattr(qweight, "packed"):
+        raise TypeError(f"quant.linear: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
+                        f"make one with quant.quantize(weight, spec)")
+    if compute not in _COMPUTE:
+        raise ValueError(f'quant.linear: compute must be "int8" or "float32", got {compute!r}')
+    if activation not in _ACTIVATIONS:
+        names = ", ".join(map(repr, filter(None, _ACTIVATIONS)))
+        raise ValueError(f"quant.linear: activation must be None, {names}, got {activation!r}")
+    recorded = [type(t) is Tensor for t in (x, bias)]
+    if not recorded[0]:
+        x = as_array(x, "quant.linear", "x")
+    if bias is not None and not recorded[1]:
+        bias = as_array(bias, "quant.linear", "bias")
+    if not any(recorded):
+        return linear_forward(x, bias, qweight, compute=compute, activation=activation, out=out, keep=False)[0]
+    keep = is_recording() and any(t.requires_grad for t in (x, bias) if type(t) is Tensor)
+    return apply(linear_forward, linear_backward, x, bias, qweight, compute=compute, activation=activation, out=out,
+                 keep=keep)
+
+
+def moe_mlp(x, routing, gate_up, down, *, compute="int8"):
+    """:func:`numformer.moe.mlp` with quantized experts.
+
+    Parameters
+    ----------
+    x : (T, d) array_like or Tensor, float32
+    routing : numformer.moe.Routing
+        Of float32.
+    gate_up, down : sequence of QuantizedWeight
+        One for each expert: (2 * I, d), gate first, and (d, I).
+    compute : {"int8", "float32"}
+        As for :func:`linear`.
+
+    Returns
+    -------
+    (T, d) float32 ndarray, or Tensor where `x` or the routing is one
+        A token's bits do not depend on the other tokens.
+    """
+    experts = len(routing.counts)
+    if len(gate_up) != experts or len(down) != experts:
+        raise ValueError(f"quant.moe_mlp: gate_up and down must hold one weight for each of {experts} experts, got "
+                         f"{len(gate_up)} and {len(down)}")
+    rows = dispatch(x, routing)
+    parts = []
+    for e, (i, j) in enumerate(zip(routing.offsets[:-1].tolist(), routing.offsets[1:].tolist())):
+        if i < j:
+            hidden = linear(rows[i:j], gate_up[e], compute=compute)
+            inner = hidden.shape[1] // 2
+            parts.append(linear(swiglu(hidden[:, :inner], hidden[:, inner:]), down[e], compute=compute))
+    y = concatenate(parts) if parts else np.zeros((0, down[0].shape[0]), np.float32)
+    return combine(y, routing)
+
+
+def int8_matmul(a, b):
+    """Compute ``a @ b.T`` of signed bytes exactly.
+
+    Parameters
+    ----------
+    a : (M, K) array_like, int8
+    b : (N, K) array_like, int8
+        K at most 65536.
+
+    Returns
+    -------
+    (M, N) int32 ndarray
+
+    Raises
+    ------
+    TypeError
+        If `a` or `b` is not int8.
+    ValueError
+        If shapes disagree, or K is larger.
+    """
+    return _core.int8_matmul(as_array(a, "int8_matmul", "a"), as_array(b, "int8_matmul", "b"))
