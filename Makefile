@@ -21,6 +21,7 @@ help:
 	@echo "make asan   the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make old    the kernel tests of the baseline on an emulated processor without AVX (qemu-user)"
 	@echo "make arm    the same on an emulated aarch64 (cross compiler, qemu-user)"
+	@echo "make avx512 the kernel tests of AVX-512, its instructions made of those of AVX2 (SIMDe)"
 	@echo "make fuzz   random shapes, strides and types at every op (EXAMPLES=2000 each)"
 	@echo "make wheel  the wheel, in dist/"
 
@@ -51,6 +52,11 @@ asan: $(VENV)/installed-dev
 old: $(VENV)/installed-dev
 	qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(or $(OLD_TESTS),tests/kernels)
 
+avx512: $(VENV)/installed-dev
+	NUMFORMER_EMULATE=1 $(BIN)/python setup.py -q build_py --build-lib build/avx512 build_ext --build-temp build/avx512 \
+	    --build-lib build/avx512
+	PYTHONPATH=build/avx512:. $(BIN)/python -m pytest -p no:cacheprovider -k avx512 $(or $(AVX512_TESTS),tests/kernels)
+
 arm: $(VENV)/installed-dev
 	.ci/aarch64
 
@@ -73,4 +79,4 @@ $(VENV)/made:
 clean:
 	rm -rf build dist $(VENV) python/*.egg-info python/numformer/*.so
 
-.PHONY: help demo test bench lint asan old arm fuzz wheel clean
+.PHONY: help demo test bench lint asan old avx512 arm fuzz wheel clean

@@ -4,6 +4,8 @@ Objects are compiled side by side and kept under build/: a file is compiled agai
 something that it includes, is newer. Environment:
 
 NUMFORMER_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer
+NUMFORMER_EMULATE=1     for tests on a processor that has AVX2 but not AVX-512: the kernels of AVX-512
+                        with SIMDe's bodies of its intrinsics (Debian: libsimde-dev)
 NUMFORMER_WERROR=1      a warning is an error (CI)
 """
 import glob
@@ -35,9 +37,13 @@ TARGET = subprocess.run([*COMPILER, "-dumpmachine"], capture_output=True, text=T
 ISA_FLAGS = {"baseline": []}
 if TARGET.startswith("x86_64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
-                           "-mprefer-vector-width=512"]
-    ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
+    if os.environ.get("NUMFORMER_EMULATE"):
+        FLAGS += ["-DNF_EMULATE"]
+        ISA_FLAGS["avx512"] = ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx2"], "-Wno-psabi"]
+    else:
+        ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+                               "-mprefer-vector-width=512"]
+        ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
 
 
 def families(macro):

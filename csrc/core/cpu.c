@@ -7,7 +7,9 @@ const char *const nf_isa_names[NF_ISA_COUNT] = {"baseline", "avx2", "avx512", "a
 nf_isa
 nf_cpu_isa(void)
 {
-#if defined(__x86_64__)
+#if defined(NF_EMULATE)
+    return NF_AVX512VNNI;
+#elif defined(__x86_64__)
     /* The builtins ask the operating system too (XGETBV). */
     __builtin_cpu_init();
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")

@@ -1,7 +1,10 @@
 /* AVX-512 (F, BW, DQ, VL) with FMA: 32 registers of 64 bytes. */
+#ifdef NF_EMULATE
+#include "isa/emulate_avx512.h"
+#else
 #include <immintrin.h>
-
 #define NF_OPAQUE(v) __asm__("" : "+v"(v))
+#endif
 
 /* 28 sums, 2 of B and a broadcast: 16 loads for 28 FMAs. */
 enum { NF_TILE_ROWS = 14, NF_TILE_VECTORS = 2 };
@@ -141,7 +144,7 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return (vf64)_mm512_mask_broadcast_f64x2(v, 0xc0, _mm_loadu_pd(p + 3 * step));
 }
 
-#if defined(__AVX512VNNI__)
+#ifdef NF_VNNI
 #define NF_HAS_DOT 1
 
 NF_INLINE vi32

@@ -1,0 +1,77 @@
+/* The AVX-512 intrinsics of vec_avx512.h on a processor that has only AVX2, for tests
+   (NUMFORMER_EMULATE=1 in setup.py). The bodies are those of SIMDe, a library of headers, but
+   for what it lacks (masked loads and stores: here a mask is that of the first lanes) or
+   rounds otherwise than the processor does (fused multiply-add, scaling by 2^n). */
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+#define NF_OPAQUE(v) __asm__("" : "+m"(v))
+
+#undef _mm512_madd_epi16
+#undef _mm512_fmadd_ps
+#undef _mm512_fmadd_pd
+#undef _mm512_fmsub_ps
+#undef _mm512_fmsub_pd
+#undef _mm512_scalef_ps
+#undef _mm512_scalef_pd
+#define _mm512_madd_epi16(a, b)           simde_mm512_madd_epi16(a, b) /* misspelt there */
+#define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
+#define _mm512_fmadd_pd(a, b, c)          nf_emulate_fma_f64(a, b, c)
+#define _mm512_fmsub_ps(a, b, c)          nf_emulate_fma_f32(a, b, -(c))
+#define _mm512_fmsub_pd(a, b, c)          nf_emulate_fma_f64(a, b, -(c))
+#define _mm512_scalef_ps(v, n)            nf_emulate_scale_f32(v, n)
+#define _mm512_scalef_pd(v, n)            nf_emulate_scale_f64(v, n)
+#define _mm512_maskz_loadu_ps(mask, p)    ((__m512)nf_emulate_load(p, 4, mask))
+#define _mm512_maskz_loadu_pd(mask, p)    ((__m512d)nf_emulate_load(p, 8, mask))
+#define _mm512_mask_storeu_ps(p, mask, v) nf_emulate_store(p, 4, mask, (vi32)(v))
+#define _mm512_mask_storeu_pd(p, mask, v) nf_emulate_store(p, 8, mask, (vi32)(v))
+
+NF_INLINE __m512
+nf_emulate_fma_f32(__m512 a, __m512 b, __m512 c)
+{
+    for (int i = 0; i < 16; i++) {
+        c[i] = fmaf(a[i], b[i], c[i]);
+    }
+    return c;
+}
+
+NF_INLINE __m512d
+nf_emulate_fma_f64(__m512d a, __m512d b, __m512d c)
+{
+    for (int i = 0; i < 8; i++) {
+        c[i] = fma(a[i], b[i], c[i]);
+    }
+    return c;
+}
+
+NF_INLINE __m512
+nf_emulate_scale_f32(__m512 v, __m512 n)
+{
+    for (int i = 0; i < 16; i++) {
+        v[i] = ldexpf(v[i], (int)n[i]);
+    }
+    return v;
+}
+
+NF_INLINE __m512d
+nf_emulate_scale_f64(__m512d v, __m512d n)
+{
+    for (int i = 0; i < 8; i++) {
+        v[i] = ldexp(v[i], (int)n[i]);
+    }
+    return v;
+}
+
+NF_INLINE vi32
+nf_emulate_load(const void *p, size_t size, unsigned mask)
+{
+    vi32 v = {0};
+    memcpy(&v, p, size * (size_t)__builtin_popcount(mask));
+    return v;
+}
+
+NF_INLINE void
+nf_emulate_store(void *p, size_t size, unsigned mask, vi32 v)
+{
+    memcpy(p, &v, size * (size_t)__builtin_popcount(mask));
+}
