@@ -1,0 +1,13 @@
+"""The benchmarks: `python -m benchmarks`, one a module, all on benchmarks.harness.
+
+OpenBLAS's and libgomp's threads would go on spinning after a call and take a core from whatever runs next. They are
+asked here not to, before anything imports NumPy.
+"""
+import os
+
+THREADS = int(os.environ.get("NF_THREADS", "2"))
+for _name, _value in {
+    "OPENBLAS_THREAD_TIMEOUT": "4", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(THREADS),
+    "OPENBLAS_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "GOMP_SPINCOUNT": "10000",
+}.items():
+    os.environ.setdefault(_name, _value)

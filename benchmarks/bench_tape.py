@@ -1,6 +1,5 @@
 """What the tape itself costs: a recorded op and its way back, beside the arithmetic that it does."""
-from benchmarks.harness import Suite, normal, torch  # isort: skip
-
+from benchmarks.harness import Suite, normal, torch
 from numformer import Tensor
 from numformer.tensor import apply
 

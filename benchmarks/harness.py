@@ -4,29 +4,19 @@ A suite compares functions that do the same work. Every round measures the roof 
 what else the machine is doing falls on all of them alike; a round whose roof fell below 90 % of the best is
 measured again (as many times as there are rounds). Reported are medians over the rounds: each function's rate as
 a share of its round's roof, and our rate over each peer's, with the least and the most.
-
-OpenBLAS's and libgomp's threads would go on spinning after a call and take a core from whatever runs next. This
-module asks them not to, so it must be imported before NumPy.
 """
+import json
+import math
 import os
+import platform
+import statistics
+import time
+from pathlib import Path
 
-THREADS = int(os.environ.get("NF_THREADS", "2"))
-for _name, _value in {
-    "OPENBLAS_THREAD_TIMEOUT": "4", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(THREADS),
-    "OPENBLAS_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS), "GOMP_SPINCOUNT": "10000",
-}.items():
-    os.environ.setdefault(_name, _value)
+import numpy as np
 
-import json  # noqa: E402
-import math  # noqa: E402
-import platform  # noqa: E402
-import statistics  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-from numformer import _core  # noqa: E402
+from benchmarks import THREADS
+from numformer import _core
 
 try:
     import torch

@@ -195,6 +195,106 @@ fail:
     return result;
 }
 
+/* The two halves of the last axis of `whole`, as rows. */
+static void
+halves(nf_rows whole, size_t columns, int itemsize, nf_rows half[2])
+{
+    half[0] = half[1] = whole;
+    half[1].data = (char *)whole.data + columns * (size_t)itemsize;
+}
+
+/* `h` as rows, with its shape halved in `shape`; -1 with an error where it has no halves. */
+static int
+read_halves(PyObject *object, const char *op, PyArrayObject **held, nf_rows in[2],
+            npy_intp shape[NPY_MAXDIMS])
+{
+    nf_rows whole;
+    if (read_rows(object, NULL, op, "h", held, &whole) < 0) {
+        return -1;
+    }
+    const int ndim = PyArray_NDIM(*held);
+    if (ndim == 0 || PyArray_DIM(*held, ndim - 1) % 2 != 0) {
+        PyErr_Format(PyExc_ValueError, "%s: the last axis of h must be even", op);
+        return -1;
+    }
+    for (int i = 0; i < ndim; i++) {
+        shape[i] = PyArray_DIM(*held, i) / (i == ndim - 1 ? 2 : 1);
+    }
+    halves(whole, (size_t)shape[ndim - 1], PyArray_ITEMSIZE(*held), in);
+    return 0;
+}
+
+/* gated_halves(form, h): of the halves of the last axis, gate first */
+static PyObject *
+gated_halves(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    const char *const op = "gated_halves";
+    PyArrayObject *held = NULL, *y = NULL;
+    nf_rows in[2], out;
+    npy_intp shape[NPY_MAXDIMS];
+    if (nf_check_count(op, count, 2) < 0) {
+        return NULL;
+    }
+    const Py_ssize_t form = form_of(args[0], 4, op);
+    if (form < 0 || read_halves(args[1], op, &held, in, shape) < 0) {
+        goto fail;
+    }
+    y = nf_new(PyArray_NDIM(held), shape, PyArray_TYPE(held));
+    if (y == NULL) {
+        goto fail;
+    }
+    out = rows_of_new(y);
+    const int is_double = PyArray_TYPE(y) == NPY_DOUBLE;
+    if (run(*gated_forward[form][is_double], NULL, 2, y, in, &out, op) < 0) {
+        Py_CLEAR(y);
+    }
+fail:
+    Py_XDECREF(held);
+    return (PyObject *)y;
+}
+
+/* gated_halves_backward(form, h, dy) -> dh */
+static PyObject *
+gated_halves_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    const char *const op = "gated_halves_backward";
+    PyArrayObject *held = NULL, *gradient = NULL, *dh = NULL;
+    nf_rows in[3], out[2];
+    npy_intp shape[NPY_MAXDIMS];
+    if (nf_check_count(op, count, 3) < 0) {
+        return NULL;
+    }
+    const Py_ssize_t form = form_of(args[0], 4, op);
+    if (form < 0 || read_halves(args[1], op, &held, in, shape) < 0) {
+        goto fail;
+    }
+    const int type = PyArray_TYPE(held), ndim = PyArray_NDIM(held);
+    PyArrayObject *dy = nf_array(args[2], type, -1, op, "dy");
+    if (dy == NULL || nf_check_shape(dy, ndim, shape, op, "dy") < 0) {
+        if (!PyErr_Occurred()) {
+            PyErr_Format(PyExc_TypeError, "%s: dy must be an array, got None", op);
+        }
+        goto fail;
+    }
+    gradient = as_rows(dy, &in[2]);
+    dh = gradient == NULL ? NULL : nf_new_like(held);
+    if (dh == NULL) {
+        goto fail;
+    }
+    halves(rows_of_new(dh), (size_t)shape[ndim - 1], PyArray_ITEMSIZE(dh), out);
+    if (run(NULL, *gated_backward_kernels[form][type == NPY_DOUBLE], 3, gradient, in, out,
+            op)
+        < 0) {
+        Py_CLEAR(dh);
+    }
+fail:
+    Py_XDECREF(held);
+    Py_XDECREF(gradient);
+    return (PyObject *)dh;
+}
+
 /* x, and bias as the one row that serves all rows of x. */
 static int
 read_biased(PyObject *const *args, const char *op, PyArrayObject *held[2], nf_rows in[2])
@@ -248,22 +348,22 @@ fail:
     return (PyObject *)y;
 }
 
-/* dx summed over all axes but the last; NULL with an error. */
+/* x, seen as `rows`, summed over all axes but the last; NULL with an error. */
 static PyArrayObject *
-sum_rows(PyArrayObject *dx, const char *op)
+sum_rows(PyArrayObject *x, nf_rows of_x, const char *op)
 {
-    const npy_intp columns = (npy_intp)columns_of(dx);
-    PyArrayObject *sum = nf_new(1, &columns, PyArray_TYPE(dx));
+    const npy_intp columns = (npy_intp)columns_of(x);
+    PyArrayObject *sum = nf_new(1, &columns, PyArray_TYPE(x));
     if (sum == NULL) {
         return NULL;
     }
-    const size_t rows = columns > 0 ? (size_t)(PyArray_SIZE(dx) / columns) : 0;
-    const int is_double = PyArray_TYPE(dx) == NPY_DOUBLE;
+    const size_t rows = columns > 0 ? (size_t)(PyArray_SIZE(x) / columns) : 0;
+    const int is_double = PyArray_TYPE(x) == NPY_DOUBLE;
     nf_status status;
     Py_BEGIN_ALLOW_THREADS;
     status = nf_sum_rows(is_double ? nf_kernels.add_row_f64 : nf_kernels.add_row_f32,
-                         (size_t)PyArray_ITEMSIZE(dx), rows_of_new(dx), rows,
-                         (size_t)columns, PyArray_DATA(sum));
+                         (size_t)PyArray_ITEMSIZE(x), of_x, rows, (size_t)columns,
+                         PyArray_DATA(sum));
     Py_END_ALLOW_THREADS;
     if (nf_check_status(status, op) < 0) {
         Py_CLEAR(sum);
@@ -297,7 +397,7 @@ bias_gelu_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (run(*bias_backward[form][is_double], NULL, 3, dx, in, &out, op) < 0) {
         goto fail;
     }
-    dbias = sum_rows(dx, op);
+    dbias = sum_rows(dx, rows_of_new(dx), op);
     if (dbias != NULL) {
         result = PyTuple_Pack(2, dx, dbias);
     }
@@ -310,13 +410,33 @@ fail:
     return result;
 }
 
+/* sum_rows(x): x summed over all axes but the last */
+static PyObject *
+sum_all_rows(PyObject *module, PyObject *object)
+{
+    (void)module;
+    PyArrayObject *held = NULL, *sum = NULL;
+    nf_rows rows;
+    if (read_rows(object, NULL, "sum_rows", "x", &held, &rows) == 0) {
+        sum = sum_rows(held, rows, "sum_rows");
+    }
+    Py_XDECREF(held);
+    return (PyObject *)sum;
+}
+
 static PyMethodDef methods[] = {
     {"gated", (PyCFunction)(void (*)(void))gated, METH_FASTCALL,
      "gated(form, gate, up)\n--\n\nSwiGLU (0) or GEGLU (1 erf, 2 tanh, 3 quick)."},
     {"gated_backward", (PyCFunction)(void (*)(void))gated_backward, METH_FASTCALL,
      "gated_backward(form, gate, up, dy)\n--\n\nThe gradients of gate and up."},
+    {"gated_halves", (PyCFunction)(void (*)(void))gated_halves, METH_FASTCALL,
+     "gated_halves(form, h)\n--\n\nThe same of the halves of the last axis, gate first."},
+    {"gated_halves_backward", (PyCFunction)(void (*)(void))gated_halves_backward,
+     METH_FASTCALL, "gated_halves_backward(form, h, dy)\n--\n\nThe gradient of h."},
     {"bias_gelu", (PyCFunction)(void (*)(void))bias_gelu, METH_FASTCALL,
      "bias_gelu(form, x, bias)\n--\n\nGeLU (0 erf, 1 tanh, 2 quick) of x + bias."},
+    {"sum_rows", sum_all_rows, METH_O,
+     "sum_rows(x)\n--\n\nThe sum over all axes but the last, in one order."},
     {"bias_gelu_backward", (PyCFunction)(void (*)(void))bias_gelu_backward, METH_FASTCALL,
      "bias_gelu_backward(form, x, bias, dy)\n--\n\nThe gradients of x and bias."},
     {NULL, NULL, 0, NULL},

@@ -863,7 +863,7 @@ stepped(PyArrayObject *array)
 }
 
 /* (x, cos, sin, rotary, interleaved, inverse, out or None) -> out; cos and sin have rotary/2
-   columns */
+   columns; out may be x, whatever its strides */
 static PyObject *
 rotary(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
@@ -916,7 +916,11 @@ rotary(PyObject *module, PyObject *const *args, Py_ssize_t count)
         a.shape[4 - ndim + i] = (size_t)PyArray_DIM(x, i);
         a.x_step[4 - ndim + i] = PyArray_STRIDE(x, i) / PyArray_ITEMSIZE(x);
     }
-    if (nf_given(args[6])) {
+    if (args[6] == args[0] && x == given && PyArray_ISWRITEABLE(given)) {
+        out = given;
+        Py_INCREF(out);
+    }
+    else if (nf_given(args[6])) {
         out = nf_array(args[6], type, -1, op, "out");
         Py_XINCREF(out);
         if (out == NULL || nf_check_out(out, ndim, PyArray_DIMS(x), type, given, op) < 0
@@ -930,6 +934,9 @@ rotary(PyObject *module, PyObject *const *args, Py_ssize_t count)
     }
     if (out == NULL) {
         goto fail;
+    }
+    for (int i = 0; i < ndim - 1; i++) {
+        a.out_step[4 - ndim + i] = PyArray_STRIDE(out, i) / PyArray_ITEMSIZE(out);
     }
     a.x = PyArray_DATA(x);
     a.cos = PyArray_DATA(cosine);

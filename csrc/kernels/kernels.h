@@ -106,7 +106,44 @@ typedef void nf_dropout_kernel(const void *x, void *y, size_t n, uint64_t key,
 
 /* ---- gemm: matrix products ---- */
 
-#define NF_KERNELS_gemm(K)
+typedef enum {
+    NF_LINEAR,
+    NF_RELU,
+    NF_SILU,
+    NF_GELU_ERF,
+    NF_GELU_TANH,
+    NF_GELU_QUICK
+} nf_activation;
+enum { NF_ACTIVATIONS = NF_GELU_QUICK + 1 };
+
+/* C(M,N) = activation(A(M,K) . B(K,N) + bias) + residual. Steps are in elements. */
+typedef struct {
+    size_t m, n, k;
+    const void *a, *b; /* of each pair of steps one is 1 */
+    ptrdiff_t a_row, a_col, b_row, b_col;
+    void *c; /* columns are contiguous; shares no memory with an input */
+    ptrdiff_t c_row;
+    int accumulate;   /* C += */
+    const void *bias; /* (N) or NULL */
+    nf_activation activation;
+    void *pre;            /* (M,N) or NULL: gets what enters the activation */
+    const void *residual; /* (M,N) or NULL */
+    ptrdiff_t residual_row;
+} nf_gemm;
+
+/* C[m0:m1, n0:n1] */
+typedef void nf_gemm_task(const nf_gemm *p, size_t m0, size_t m1, size_t n0, size_t n1,
+                          void *scratch);
+
+typedef struct {
+    size_t rows, columns;     /* of a register tile: where a task may be cut */
+    size_t block_columns;     /* of a task, at most */
+    size_t few_rows, scratch; /* bytes */
+    nf_gemm_task *block;      /* any rows */
+    nf_gemm_task *few;        /* rows 0 .. m1 <= few_rows, any columns; needs no scratch */
+} nf_gemm_kernels;
+
+#define NF_KERNELS_gemm(K) K(gemm, const nf_gemm_kernels)
 #define NF_PLAIN_KERNELS_gemm(K)
 
 /* ---- attention: scaled-dot-product attention ---- */

@@ -109,8 +109,8 @@ typedef struct {
 typedef struct {
     const void *x;         /* T (B, H, S, dim) with these steps */
     const void *cos, *sin; /* T (B, H, S, rotary / 2) with these steps */
-    void *out;             /* T (B, H, S, dim) */
-    ptrdiff_t x_step[3], cos_step[3], sin_step[3];
+    void *out;             /* T (B, H, S, dim) with these steps; may be x */
+    ptrdiff_t x_step[3], cos_step[3], sin_step[3], out_step[3];
     size_t shape[3], dim, rotary;
     int interleaved; /* pairs are (2i, 2i+1), not (i, i + rotary/2) */
     int inverse;     /* by the negative angle */

@@ -29,8 +29,9 @@ from numformer.ops.gated import silu as silu
 from numformer.ops.gated import swiglu as swiglu
 from numformer.ops.gelu import bias_gelu as bias_gelu
 from numformer.ops.gelu import gelu as gelu
+from numformer.ops.linear import grouped_linear as grouped_linear
 from numformer.ops.linear import linear as linear
-from numformer.ops.linear import linear_cross_entropy as linear_cross_entropy
+from numformer.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 from numformer.ops.norm import add_layer_norm as add_layer_norm
 from numformer.ops.norm import add_rms_norm as add_rms_norm
 from numformer.ops.norm import layer_norm as layer_norm

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import numformer as nf
+from numformer.nn.attention import split_heads
 from numformer.ops.attention import attention_backward, attention_forward, packed_attention
 from tests import oracle
 from tests.kernels.test_attention import arrays, sdpa
@@ -228,3 +229,22 @@ def test_packed_attention_is_attention_on_its_views(kv_heads):
     assert (x.grad == np.concatenate(join, axis=2).reshape(qkv.shape)).all()
     with pytest.raises(ValueError, match="qkv must have shape"):
         packed_attention(qkv[..., :-1], heads, kv_heads)
+
+
+def test_packed_attention_turns_queries_and_keys_as_rotary_embedding_does():
+    rng = np.random.default_rng(0)
+    heads, kv_heads, length, dim = 4, 2, 21, 12
+    qkv = rng.standard_normal((3, length, (heads + 2 * kv_heads) * dim)).astype(np.float32)
+    dy = rng.standard_normal((3, length, heads * dim)).astype(np.float32)
+    angle = np.outer(np.arange(length), 0.5 ** np.arange(dim // 2)).astype(np.float32)
+    rotary = np.cos(angle), np.sin(angle)
+    ours, parts = nf.Tensor(qkv, requires_grad=True), nf.Tensor(qkv, requires_grad=True)
+    before = qkv.copy()
+    y = packed_attention(ours, heads, kv_heads, is_causal=True, rotary=rotary)
+    q, k, v = split_heads(parts, heads, kv_heads)
+    q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
+    want = sdpa(q, k, v, is_causal=True).swapaxes(1, 2).reshape(3, length, heads * dim)
+    assert (y.data == want.data).all() and (qkv == before).all()
+    y.backward(dy)
+    want.backward(dy)
+    assert (ours.grad == parts.grad).all()

@@ -146,3 +146,20 @@ def test_torch_agrees(form):
     out.backward(dy)
     np.testing.assert_allclose(out.data, y.detach().numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mine.grad, t.grad.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_halves_of_one_array_give_the_bits_of_two():
+    h, dy = normal(6, 5, 2 * 19), normal(6, 5, 19, seed=1)
+    for whole in (h, h[::-1], h.transpose(1, 0, 2), h[:, :1]):
+        d = dy[: whole.shape[0], : whole.shape[1]] if whole.shape[:2] != (5, 6) else dy.transpose(1, 0, 2)
+        gate, up = whole[..., :19], whole[..., 19:]
+        y, saved = gated.swiglu_halves_forward(whole)
+        assert (y == nf.swiglu(gate, up)).all()
+        (dh,) = gated.swiglu_halves_backward(d, saved)
+        want = gated.swiglu_backward(d, (gate, up))
+        assert (dh[..., :19] == want[0]).all() and (dh[..., 19:] == want[1]).all()
+    for wrong in (normal(3, 5), normal()):
+        with pytest.raises(ValueError, match="last axis of h must be even"):
+            gated.swiglu_halves(wrong)
+    with pytest.raises(ValueError, match=r"dy must have shape \(2, 3\), got \(2, 6\)"):
+        gated.swiglu_halves_backward(normal(2, 6), normal(2, 6))

@@ -76,13 +76,24 @@ def test_views_of_fused_queries_keys_and_values_are_read_in_place(threads):
             == nf.rotary_embedding(odd[:, :, ::-1].copy(), cos, sin)).all()
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_out_may_be_x_itself_whatever_its_strides(interleaved):
+    whole, (cos, sin) = normal(2, 5, 7, 12), angles(5, 4)
+    x = whole.transpose(0, 2, 1, 3)[:, 1:4]
+    want, rest = nf.rotary_embedding(x, cos, sin, interleaved=interleaved, rotary_dim=8), whole.copy()
+    assert nf.rotary_embedding(x, cos, sin, interleaved=interleaved, rotary_dim=8, out=x) is x
+    assert (x == want).all()
+    rest[:, :, 1:4] = whole[:, :, 1:4]
+    assert (whole == rest).all()
+
+
 def test_out_is_written_and_must_not_share_memory():
-    x, (cos, sin) = normal(1, 2, 5, 8), angles(5, 4)
+    x, (cos, sin) = normal(1, 3, 5, 8)[:, :2], angles(5, 4)
     out = np.empty_like(x)
     assert nf.rotary_embedding(x, cos, sin, out=out) is out
     assert (out == nf.rotary_embedding(x, cos, sin)).all()
     with pytest.raises(ValueError, match="share memory"):
-        nf.rotary_embedding(x, cos, sin, out=x)
+        nf.rotary_embedding(x, cos, sin, out=x.base[:, 1:])
     with pytest.raises(ValueError, match="out must have shape"):
         nf.rotary_embedding(x, cos, sin, out=out[0])
     with pytest.raises(TypeError, match="out must be float64"):

@@ -6,6 +6,7 @@ from numformer._core import pooled
 from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.module import Module
+from numformer.ops.attention import packed_attention
 from numformer.tensor import apply
 
 __all__ = ["KVCache", "MultiHeadAttention", "rotary_tables", "split_heads"]
@@ -117,12 +118,17 @@ class MultiHeadAttention(Module):
         cache : KVCache, optional
             What came before `x`; gets the keys and values of `x` as those of `layer`.
         """
-        q, k, v = split_heads(project(x, self.qkv, self.qkv_bias), self.n_head, self.n_kv_head)
+        qkv = project(x, self.qkv, self.qkv_bias)
+        dropout = self.training and self.dropout > 0
+        if cache is None and not dropout:
+            y = packed_attention(qkv, self.n_head, self.n_kv_head, is_causal=self.causal, rotary=rotary)
+            return project(y, self.out, self.out_bias, residual=residual)
+        q, k, v = split_heads(qkv, self.n_head, self.n_kv_head)
         if rotary is not None:
             q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        drop = {"dropout_p": self.dropout, "rng": self.rng} if self.training and self.dropout > 0 else {}
+        drop = {"dropout_p": self.dropout, "rng": self.rng} if dropout else {}
         y = nf.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.n_kv_head < self.n_head,
                                             **drop)
         y = y.swapaxes(1, 2).reshape(x.shape[0], x.shape[1], self.n_head * self.head_dim)

@@ -1,33 +1,12 @@
 """The feed-forward layer of a transformer block."""
 import numpy as np
 
-import numformer as nf
 from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.module import Module
-from numformer.tensor import apply
+from numformer.ops.gated import swiglu_halves
 
-__all__ = ["MLP", "split_halves"]
-
-
-def split_halves_forward(x):
-    """Return ``((first, second), saved)``: views of `x`."""
-    half = x.shape[-1] // 2
-    return (x[..., :half], x[..., half:]), x.shape
-
-
-def split_halves_backward(dy, shape):
-    """Return the gradient with respect to `x`, in a tuple."""
-    half = shape[-1] // 2
-    dx = np.empty(shape, next(d.dtype for d in dy if d is not None))
-    for part, d in zip((dx[..., :half], dx[..., half:]), dy):
-        part[...] = 0 if d is None else d
-    return (dx,)
-
-
-def split_halves(x):
-    """The two halves of the last axis: views, no copies."""
-    return apply(split_halves_forward, split_halves_backward, x)
+__all__ = ["MLP"]
 
 
 class MLP(Module):
@@ -55,7 +34,7 @@ class MLP(Module):
 
     def __call__(self, x, residual=None):
         if self.activation == "swiglu":
-            y = nf.swiglu(*split_halves(project(x, self.up, self.up_bias)))
+            y = swiglu_halves(project(x, self.up, self.up_bias))
         else:
             y = project(x, self.up, self.up_bias, self.activation)
         return project(y, self.down, self.down_bias, residual=residual)

@@ -4,7 +4,7 @@ from numformer.ops.arguments import as_floats
 from numformer.tensor import apply
 
 __all__ = ["geglu", "geglu_backward", "geglu_forward", "silu", "silu_backward", "silu_forward", "swiglu",
-           "swiglu_backward", "swiglu_forward"]
+           "swiglu_backward", "swiglu_forward", "swiglu_halves", "swiglu_halves_backward", "swiglu_halves_forward"]
 
 _FORMS = {"none": 1, "tanh": 2, "quick": 3}     # of _core.gated; 0 is SwiGLU
 
@@ -73,6 +73,38 @@ def swiglu(gate, up):
         If a dtype is not float32 or float64, or they differ.
     """
     return apply(swiglu_forward, swiglu_backward, gate, up)
+
+
+def swiglu_halves_forward(h):
+    """Return ``(y, saved)``; `saved` is what :func:`swiglu_halves_backward` needs."""
+    h = as_floats(h, "swiglu_halves", "h")
+    return _core.gated_halves(0, h), h
+
+
+def swiglu_halves_backward(dy, saved):
+    """Return the gradient with respect to `h`, in a tuple."""
+    return (_core.gated_halves_backward(0, saved, dy),)
+
+
+def swiglu_halves(h):
+    """Compute ``silu(gate) * up`` of the halves of the last axis, gate first; the gradient is one array too.
+
+    Parameters
+    ----------
+    h : array_like or Tensor, float32 or float64, shape (..., 2 * I)
+
+    Returns
+    -------
+    ndarray, or Tensor where `h` is one, of shape (..., I)
+
+    Raises
+    ------
+    ValueError
+        If the last axis is odd.
+    TypeError
+        If `h` is not float32 or float64.
+    """
+    return apply(swiglu_halves_forward, swiglu_halves_backward, h)
 
 
 def geglu_forward(gate, up, approximate="none"):

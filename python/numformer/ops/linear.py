@@ -1,67 +1,139 @@
-"""Products with a weight: linear layers, one or many at once, and the loss over a vocabulary of logits."""
-from numformer.ops.arguments import as_array, as_floats, same_dtype
-from numformer.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
-from numformer.ops.gated import silu_backward, silu_forward
-from numformer.ops.gelu import gelu_backward, gelu_forward
-from numformer.tensor import apply
+"""Products with a weight (N, K), as torch keeps it: one, or one for each group of rows."""
+import itertools
 
-__all__ = ["linear", "linear_backward", "linear_cross_entropy", "linear_cross_entropy_backward",
-           "linear_cross_entropy_forward", "linear_forward"]
+import numpy as np
 
-_ACTIVATIONS = {"gelu": (lambda x: gelu_forward(x, "none"), gelu_backward),
-                "gelu_tanh": (lambda x: gelu_forward(x, "tanh"), gelu_backward),
-                "gelu_quick": (lambda x: gelu_forward(x, "quick"), gelu_backward),
-                "silu": (silu_forward, silu_backward)}
+from numformer import _core
+from numformer._core import pooled
+from numformer.ops.arguments import as_array, as_floats
+from numformer.tensor import Tensor, apply, is_recording
+
+__all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
+           "linear_forward"]
+
+# the number of an activation in the kernels, and its backward (x, dy) -> dx
+_ACTIVATIONS = {None: (0, None), "relu": (1, _core.relu_backward), "silu": (2, _core.silu_backward),
+                "gelu": (3, _core.gelu_erf_backward), "gelu_tanh": (4, _core.gelu_tanh_backward),
+                "gelu_quick": (5, _core.gelu_quick_backward)}
 
 
-def linear_forward(x, weight, bias=None, residual=None, *, activation=None, out=None):
-    """Return ``(y, saved)``; `saved` is what :func:`linear_backward` needs."""
-    x, weight = as_floats(x, "linear", "x"), as_floats(weight, "linear", "weight")
-    same_dtype("linear", x=x, weight=weight, bias=bias, residual=residual)
-    if activation is not None and activation not in _ACTIVATIONS:
-        raise ValueError(f"linear: activation must be None, {', '.join(_ACTIVATIONS)}, got {activation!r}")
-    y, inner = x @ weight.T, None
-    if bias is not None:
-        y += bias
-    if activation is not None:
-        y, inner = _ACTIVATIONS[activation][0](y)
-    if residual is not None:
-        y = y + residual
-    return y, (x, weight, bias is not None, residual is not None, activation, inner)
+def _number(activation):
+    if activation not in _ACTIVATIONS:
+        names = ", ".join(f'"{name}"' for name in _ACTIVATIONS if name)
+        raise ValueError(f"linear: activation must be None, {names}, got {activation!r}")
+    return _ACTIVATIONS[activation][0]
+
+
+def _wanted(tensors):
+    """Whether each of them needs a gradient."""
+    return tuple([type(x) is Tensor and x.requires_grad for x in tensors])
+
+
+def linear_forward(x, weight, bias=None, residual=None, *, activation=None, out=None, wanted=(True, True)):
+    """Return ``(y, saved)``; `saved` is what :func:`linear_backward` needs.
+
+    `wanted`: whether the gradients of x and of weight will be asked for.
+    """
+    x, weight = as_array(x, "linear", "x"), as_array(weight, "linear", "weight")
+    y = _core.linear(x, weight, bias, residual, _number(activation), out, activation is not None)
+    y, pre = y if activation is not None else (y, None)
+    return y, (x, weight, bias is not None, residual is not None, activation, pre, wanted)
 
 
 def linear_backward(dy, saved):
-    """Return the gradients of x, weight, bias and residual (None where there is none)."""
-    x, weight, bias, residual, activation, inner = saved
-    dz = dy if activation is None else _ACTIVATIONS[activation][1](dy, inner)[0]
+    """Return the gradients of x, weight, bias and residual: None where there is none."""
+    x, weight, bias, residual, activation, pre, (x_wanted, weight_wanted) = saved
+    dz = dy if activation is None else pooled(_ACTIVATIONS[activation][1], pre, dy)
     rows = dz.reshape(-1, dz.shape[-1])
-    return (dz @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0) if bias else None,
-            dy if residual else None)
+    dx = _core.product(rows, weight, None, False).reshape(x.shape) if x_wanted else None
+    dweight = _core.product(rows.T, x.reshape(-1, x.shape[-1]), None, False) if weight_wanted else None
+    return dx, dweight, _core.sum_rows(rows) if bias else None, dy if residual else None
 
 
 def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
-    """Compute ``activation(x @ weight.T + bias) + residual``."""
-    return apply(linear_forward, linear_backward, x, weight, bias, residual, activation=activation, out=out)
+    """Compute ``activation(x @ weight.T + bias) + residual`` in one pass.
+
+    Parameters
+    ----------
+    x : array_like or Tensor, float32 or float64, shape (..., K)
+    weight : array_like or Tensor, shape (N, K), of the same dtype, as are all that follow
+        Read by its strides: a transposed (K, N) array costs no copy.
+    bias : array_like or Tensor, shape (N,), optional
+    activation : {None, "relu", "silu", "gelu", "gelu_tanh", "gelu_quick"}
+        The forms of GeLU as in :func:`numformer.gelu`.
+    residual : array_like or Tensor, shape (..., N), optional
+        Added last.
+    out : ndarray, shape (..., N), optional
+        Where to write the result: C-contiguous, sharing no memory with the others.
+
+    Returns
+    -------
+    ndarray, or Tensor where one came in, of shape (..., N)
+        An element's bits depend on its row of `x` and its row of `weight` alone: not on the other rows, nor on the
+        number of threads, nor on the strides.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not float32 or float64, or they differ.
+    ValueError
+        If shapes do not fit, `activation` is not one of the names above, or `out` is not as above.
+
+    Notes
+    -----
+    M N K multiply-adds; the gradients of `x` and of `weight` take as many each. The sum over K goes in blocks of at
+    most 384, in ascending order: error at most (384 + K / 384) eps times the sum of |x| |weight|.
+    """
+    if type(x) is np.ndarray and type(weight) is np.ndarray and type(bias) is not Tensor and \
+            type(residual) is not Tensor:
+        return _core.linear(x, weight, bias, residual, _number(activation), out, False)
+    if not is_recording():
+        x, weight, bias, residual = (t.data if type(t) is Tensor else t for t in (x, weight, bias, residual))
+        x, weight = as_array(x, "linear", "x"), as_array(weight, "linear", "weight")
+        return Tensor(_core.linear(x, weight, bias, residual, _number(activation), out, False))
+    return apply(linear_forward, linear_backward, x, weight, bias, residual, activation=activation, out=out,
+                 wanted=_wanted((x, weight)))
 
 
-def linear_cross_entropy_forward(hidden, weight, targets, **options):
-    """Return ``(loss, saved)``."""
-    hidden, weight = as_floats(hidden, "linear_cross_entropy", "hidden"), as_floats(weight, "linear_cross_entropy",
-                                                                                   "weight")
-    logits = hidden @ weight.T
-    loss, saved = cross_entropy_forward(logits, as_array(targets, "linear_cross_entropy", "targets"), **options)
-    return loss, (hidden, weight, saved)
+def grouped_linear_forward(x, weight, offsets, bias=None):
+    """Return ``(y, saved)``; `saved` is what :func:`grouped_linear_backward` needs."""
+    x, weight = as_floats(x, "grouped_linear", "x"), as_floats(weight, "grouped_linear", "weight")
+    offsets = as_array(offsets, "grouped_linear", "offsets")
+    return _core.grouped_linear(x, weight, offsets, bias, False), (x, weight, offsets, bias is not None)
 
 
-def linear_cross_entropy_backward(dy, saved):
-    """Return the gradients of hidden and weight, and None."""
-    hidden, weight, inner = saved
-    dlogits, _ = cross_entropy_backward(dy, inner)
-    return dlogits @ weight, dlogits.T @ hidden, None
+def grouped_linear_backward(dy, saved):
+    """Return the gradients of x and weight, None for offsets, and that of bias (None where there is none)."""
+    x, weight, offsets, bias = saved
+    dbias = None
+    if bias:
+        dbias = np.stack([_core.sum_rows(dy[i:j]) for i, j in itertools.pairwise(offsets)]) if len(weight) else \
+            np.zeros(weight.shape[:2], weight.dtype)
+    return _core.grouped_linear(dy, weight, offsets, None, True), _core.grouped_outer(dy, x, offsets), None, dbias
 
 
-def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
-                         reduction="mean"):
-    """``cross_entropy(hidden @ weight.T, targets)``."""
-    return apply(linear_cross_entropy_forward, linear_cross_entropy_backward, hidden, weight, targets,
-                 ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, reduction=reduction)
+def grouped_linear(x, weight, offsets, bias=None):
+    """Compute ``x[i] @ weight[e].T + bias[e]`` for every row i, e being its group, in one parallel region.
+
+    Parameters
+    ----------
+    x : array_like or Tensor, float32 or float64, shape (T, K)
+        Sorted by group: rows ``offsets[e]:offsets[e + 1]`` belong to group e.
+    weight : array_like or Tensor, shape (E, N, K), of the same dtype
+    offsets : array_like of int64, shape (E + 1,)
+        Ascends from 0 to T; a group may be empty.
+    bias : array_like or Tensor, shape (E, N), optional
+
+    Returns
+    -------
+    ndarray, or Tensor where one came in, of shape (T, N)
+        Every row has the bits of :func:`linear` with its group's weight.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not as above.
+    ValueError
+        If shapes do not fit, or `offsets` does not ascend from 0 to T.
+    """
+    return apply(grouped_linear_forward, grouped_linear_backward, x, weight, offsets, bias)

@@ -47,7 +47,8 @@ def rotary_embedding(x, cos, sin, *, interleaved=False, rotary_dim=None, out=Non
     rotary_dim : int, optional
         Turn only this many first elements of D (even); the others are copied. Default: D.
     out : ndarray, optional
-        Where to write the result: C-contiguous, sharing no memory with the others.
+        Where to write the result: `x` itself (unless it is a Tensor), or an array that is C-contiguous and shares no
+        memory with the others.
 
     Returns
     -------
