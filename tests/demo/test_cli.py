@@ -1,0 +1,109 @@
+"""Every error is one line on stderr with an exit code that says whose it is."""
+import errno
+import json
+import signal
+
+import pytest
+
+from numformer.demo import cli, data
+from tests.demo import corpus
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return corpus.make(tmp_path_factory.mktemp("source"))
+
+
+def one_line(capsys):
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    lines = [line for line in captured.err.splitlines() if line.strip()]
+    assert lines[-1].startswith("numformer.demo: ")
+    return lines[-1]
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--data", "{tmp}/missing"], "no such folder"),
+    (["--data", "{tmp}/empty"], "0 text files of 0 bytes; at least 2 files"),
+    (["--data", "{tmp}/file"], "not a folder"),
+    (["--minutes", "61"], "--minutes must be from 0 to 60, got 61"),
+    (["--seed", "-1"], "--seed must be 0 or more, got -1"),
+    (["--out", "{tmp}/file"], "is not a folder"),
+    (["--out", "{tmp}/full"], "is not empty and holds no run"),
+    (["--out", "{tmp}/run"], "holds a run already (--minutes 6 --seed 4): go on with it by --resume"),
+    (["--out", "{tmp}/run", "--resume", "--seed", "5"], "holds a run with --seed 4, not 5"),
+    (["--out", "{tmp}/empty", "--resume"], "holds no run to go on with"),
+    (["--out", "{tmp}/broken", "--resume"], "run.json is broken"),
+])
+def test_what_cannot_be_done_is_said_in_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys,
+                                                                        monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "full", "run", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    order = {"program": "numformer.demo", "minutes": 6, "seed": 4, "data": None}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(order))
+    (tmp_path / "broken" / "run.json").write_text('{"program": "numf')
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([a.format(tmp=tmp_path) for a in arguments]) == 2
+    assert message in one_line(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main([]) == 2
+    assert "pip install 'numformer[demo]'" in one_line(capsys)
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, capsys, monkeypatch, source):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+    monkeypatch.setattr(data, "replace_file", full)
+    assert cli.main(["--minutes", "0", "--data", str(source), "--out", str(tmp_path / "out")]) == 1
+    line = one_line(capsys)
+    assert "No space left on device (make room, then go on with --resume)" in line
+
+
+def test_a_stop_says_how_to_go_on(tmp_path, source):
+    process = corpus.demo("--minutes", 0, "--data", source, "--out", tmp_path / "an out")
+    for line in process.stdout:
+        if line.startswith("1 data"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == ("numformer.demo: stopped; to go on: python -m numformer.demo --resume --out "
+                                      f"'{tmp_path}/an out'")
+
+
+def test_a_broken_checkpoint_is_said_in_one_line(tmp_path, source, capsys):
+    folder = tmp_path / "out"
+    process = corpus.demo("--minutes", 0, "--data", source, "--out", folder)
+    for line in process.stdout:
+        if line.startswith("1 data"):
+            break
+    process.kill()
+    process.communicate()
+    (folder / "state").mkdir(exist_ok=True)
+    checkpoint = folder / "state" / "pretrain-experts.safetensors"
+    checkpoint.write_bytes(b"half a file")
+    assert cli.main(["--resume", "--out", str(folder)]) == 1
+    line = one_line(capsys)
+    assert f"{checkpoint} is not a whole safetensors file" in line
+    assert "remove it and go on with --resume" in line
+    assert checkpoint.read_bytes() == b"half a file"
+
+
+def test_help_explains_all(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for word in ("--minutes", "--seed", "--out", "--data", "--resume", "report.html", "metrics.jsonl", "Exit codes"):
+        assert word in text

@@ -1,0 +1,82 @@
+"""The demo as a user runs it: whole runs of toy size in processes of their own."""
+import json
+import random
+import re
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import numformer as nf
+from tests.demo import corpus
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return corpus.make(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    """A run that nothing disturbed: (folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    code, out, error = corpus.run("--minutes", 0, "--seed", 3, "--data", source, "--out", folder)
+    assert code == 0, error
+    return folder, out
+
+
+def results(folder):
+    """All files of a run that must not depend on the clock, by path."""
+    paths = [folder / "metrics.jsonl", folder / "run.json", *folder.glob("models/*/*"), *folder.glob("data/*")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_a_run_leaves_a_report_metrics_and_models_that_open_again(whole):
+    folder, out = whole
+    assert sorted(p.name for p in folder.iterdir()) == ["data", "metrics.jsonl", "models", "report.html", "run.json",
+                                                        "timings.jsonl"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = [(line["stage"], line.get("step")) for line in lines]
+    assert len(set(keys)) == len(keys)
+    for name in ("pretrained-experts", "pretrained-dense"):
+        model = nf.models.load(folder / "models" / name)
+        assert np.isfinite(model(np.zeros((1, 5), int)).numpy()).all()
+    done = [line["stage"] for line in lines if line.get("done")]
+    assert len(out.splitlines()) == len(done) + 2           # the head, a line a stage, the report
+
+
+def test_the_report_needs_nothing_from_outside(whole):
+    page = (whole[0] / "report.html").read_text()
+    assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
+    assert page.count("data:image/svg+xml;base64,") >= 2
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower().split()
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole, source, tmp_path):
+    folder = tmp_path / "out"
+    total = len((whole[0] / "metrics.jsonl").read_text().splitlines())
+    points = sorted(random.Random(5).sample(range(total), 4))
+    for count, lines in enumerate(points):
+        arguments = ["--resume"] if count else ["--minutes", 0, "--seed", 3, "--data", source]
+        process = corpus.demo(*arguments, "--out", folder)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            metrics = folder / "metrics.jsonl"
+            if metrics.exists() and metrics.read_bytes().count(b"\n") > lines:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    code, _, error = corpus.run("--resume", "--out", folder)
+    assert code == 0, error
+    expected, found = results(whole[0]), results(folder)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+    assert not list(folder.rglob("*.part")) and not (folder / "state").exists()
