@@ -31,12 +31,15 @@ def ppo(seed=0, policy=None, reference=None, reward_fn=liked, pretrain=None, mod
 
 
 def _bits_by_row():
-    """Whether a row of a product has the same bits alone and in a batch."""
-    rng, small = np.random.default_rng(0), gpt(n_expert=4).eval().as_arrays()
-    x = rng.standard_normal((9, 16)).astype(np.float32)
-    weight = rng.standard_normal((24, 16)).astype(np.float32)
-    return all(np.array_equal(f(x)[i:i + 1], f(x[i:i + 1])) for i in range(9)
-               for f in (lambda x: nf.linear(x, weight), small.blocks[0].mlp))
+    """Whether a row of the experts' products has the same bits alone and in a batch."""
+    moe = gpt(n_expert=4).eval().as_arrays().blocks[0].mlp
+    x = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
+    return all(np.array_equal(moe(x)[i:i + 1], moe(x[i:i + 1])) for i in range(9))
 
 
-needs_own_product = pytest.mark.skipif(not _bits_by_row(), reason="NumPy's product: its bits depend on the batch")
+_by_numpy = pytest.mark.skipif(not _bits_by_row(), reason="NumPy's product in nf.moe.mlp: its bits depend on the batch")
+
+
+def with_experts_marked(kinds):
+    """The kinds as parameters of a test that needs products whose bits do not depend on the batch."""
+    return [pytest.param(kind, marks=_by_numpy) if kind == "experts" else kind for kind in kinds]
