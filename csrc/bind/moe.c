@@ -443,6 +443,62 @@ fail:
     return result;
 }
 
+static PyObject *
+moe_swiglu_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    static const char op[] = "mlp_backward";
+    nf_moe_routing routing;
+    PyArrayObject *hidden = NULL, *dacted = NULL, *weight = NULL;
+    PyArrayObject *acted = NULL, *dhidden = NULL, *dweight = NULL;
+    PyObject *result = NULL;
+    if (nf_check_count(op, count, 4) < 0 || read_order(args[3], &routing, op) < 0
+        || (dacted = nf_array(args[1], NPY_NOTYPE, 2, op, "dacted")) == NULL) {
+        return NULL;
+    }
+    const int type = PyArray_TYPE(dacted);
+    const npy_intp width = PyArray_DIM(dacted, 1);
+    const npy_intp rows[2] = {(npy_intp)routing.rows, width};
+    const npy_intp wide[2] = {rows[0], 2 * width};
+    const npy_intp slots[2] = {(npy_intp)routing.tokens, (npy_intp)routing.top_k};
+    if (nf_check_shape(dacted, 2, rows, op, "dacted") < 0
+        || (dacted = nf_contiguous(dacted)) == NULL) {
+        return NULL;
+    }
+    if (read_gradient(args[0], type, wide, op, "hidden", &hidden) < 0
+        || read_gradient(args[2], type, slots, op, "weight", &weight) < 0) {
+        goto fail;
+    }
+    if (hidden == NULL || weight == NULL) {
+        PyErr_Format(PyExc_TypeError, "%s: hidden and weight must be arrays", op);
+        goto fail;
+    }
+    acted = nf_new(2, rows, type);
+    dhidden = nf_new(2, wide, type);
+    dweight = nf_new(2, slots, type);
+    if (acted == NULL || dhidden == NULL || dweight == NULL) {
+        goto fail;
+    }
+    nf_status status;
+    Py_BEGIN_ALLOW_THREADS;
+    status = nf_moe_swiglu_backward(
+        &routing, (size_t)PyArray_ITEMSIZE(dacted), PyArray_DATA(hidden),
+        PyArray_DATA(dacted), PyArray_DATA(weight), (size_t)width, PyArray_DATA(acted),
+        PyArray_DATA(dhidden), PyArray_DATA(dweight));
+    Py_END_ALLOW_THREADS;
+    if (nf_check_status(status, op) == 0) {
+        result = PyTuple_Pack(3, acted, dhidden, dweight);
+    }
+fail:
+    Py_XDECREF(hidden);
+    Py_XDECREF(dacted);
+    Py_XDECREF(weight);
+    Py_XDECREF(acted);
+    Py_XDECREF(dhidden);
+    Py_XDECREF(dweight);
+    return result;
+}
+
 #define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
 static PyMethodDef methods[] = {
     METHOD(moe_route,
@@ -458,6 +514,8 @@ static PyMethodDef methods[] = {
     METHOD(moe_dispatch_backward, "(dy, order) -> dx"),
     METHOD(moe_combine, "(y, weight, order) -> (T, d)"),
     METHOD(moe_combine_backward, "(dy, y, weight, order) -> (dy, dweight)"),
+    METHOD(moe_swiglu_backward,
+           "(hidden, dacted, weight, order) -> (acted, dhidden, dweight)"),
     {NULL, NULL, 0, NULL},
 };
 #undef METHOD

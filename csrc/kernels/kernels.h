@@ -226,11 +226,19 @@ typedef void nf_moe_gather_sum_kernel(const void *const *rows, const void *weigh
 typedef void nf_moe_scatter_kernel(const void *dy, const void *row, const void *weight,
                                    void *drow, void *dweight, size_t n);
 
+/* The way back through weight * silu(gate) * up, where hidden (2 n) is gate and then up, and
+   dacted the gradient that comes back through the product behind it, weight left out:
+   acted = weight * silu(gate) * up, its gradient dhidden, *dweight = sum(dacted * silu(gate) * up). */
+typedef void nf_moe_swiglu_backward_kernel(const void *hidden, const void *dacted,
+                                           const void *weight, void *acted, void *dhidden,
+                                           void *dweight, size_t n);
+
 #define NF_KERNELS_moe(K)                                                                  \
     K(moe_route, nf_moe_route_kernel)                                                      \
     K(moe_route_backward, nf_moe_route_backward_kernel)                                    \
     K(moe_gather_sum, nf_moe_gather_sum_kernel)                                            \
-    K(moe_scatter, nf_moe_scatter_kernel)
+    K(moe_scatter, nf_moe_scatter_kernel)                                                  \
+    K(moe_swiglu_backward, nf_moe_swiglu_backward_kernel)
 #define NF_PLAIN_KERNELS_moe(K)
 
 /* ---- quant: quantized weights ---- */

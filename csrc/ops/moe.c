@@ -313,3 +313,52 @@ nf_moe_combine_backward(const nf_moe_routing *routing, size_t itemsize, const vo
     const size_t bytes = (2 * routing->top_k + 1) * width * itemsize;
     return over_tokens(&w, bytes, (double)bytes / 16, 0, combine_backward_tokens);
 }
+
+typedef struct {
+    moe_work tokens;
+    char *acted, *dhidden;
+} swiglu_work;
+
+static void
+swiglu_backward_tokens(size_t index, void *pointer, void *scratch)
+{
+    (void)scratch;
+    const swiglu_work *s = pointer;
+    const moe_work *w = &s->tokens;
+    const size_t k = w->routing->top_k, size = w->itemsize, bytes = w->width * size;
+    nf_moe_swiglu_backward_kernel *const kernel =
+        size == 8 ? nf_kernels.moe_swiglu_backward_f64 : nf_kernels.moe_swiglu_backward_f32;
+    FOR_TOKENS(w, t)
+    {
+        for (size_t j = 0; j < k; j++) {
+            const size_t i = t * k + j;
+            const int64_t row = w->routing->row[i];
+            if (row < 0) {
+                memset(w->out_weight + i * size, 0, size);
+                continue;
+            }
+            const size_t at = (size_t)row * bytes;
+            kernel(w->in + 2 * at, w->other + at, w->weight + i * size, s->acted + at,
+                   s->dhidden + 2 * at, w->out_weight + i * size, w->width);
+        }
+    }
+}
+
+nf_status
+nf_moe_swiglu_backward(const nf_moe_routing *routing, size_t itemsize, const void *hidden,
+                       const void *dacted, const void *weight, size_t width, void *acted,
+                       void *dhidden, void *dweight)
+{
+    swiglu_work s = {.tokens = {.itemsize = itemsize,
+                                .tokens = routing->tokens,
+                                .routing = routing,
+                                .in = hidden,
+                                .other = dacted,
+                                .weight = weight,
+                                .out_weight = dweight,
+                                .width = width},
+                     .acted = acted,
+                     .dhidden = dhidden};
+    const size_t bytes = 6 * routing->top_k * width * itemsize;
+    return over_tokens(&s.tokens, bytes, (double)bytes / 2, 0, swiglu_backward_tokens);
+}

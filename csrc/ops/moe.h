@@ -47,5 +47,9 @@ nf_status nf_moe_combine(const nf_moe_routing *routing, size_t itemsize, const v
 nf_status nf_moe_combine_backward(const nf_moe_routing *routing, size_t itemsize,
                                   const void *dy, const void *y, const void *weight,
                                   size_t width, void *drows, void *dweight);
+/* The same for weight * silu(gate) * up of rows hidden (rows, 2 width), gate first. */
+nf_status nf_moe_swiglu_backward(const nf_moe_routing *routing, size_t itemsize,
+                                 const void *hidden, const void *dacted, const void *weight,
+                                 size_t width, void *acted, void *dhidden, void *dweight);
 
 #endif

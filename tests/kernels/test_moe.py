@@ -238,7 +238,6 @@ def test_mlp_is_each_token_through_its_experts(tokens, e, inner, d, k, capacity)
         np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 if dtype == np.float32 else 1e-13)
 
 
-@pytest.mark.xfail(reason="the products are still NumPy's", strict=False)
 def test_mlp_bits_do_not_depend_on_threads_strides_or_company(threads):
     x, (gate_up, down) = normal(200, 70, dtype=np.float32), experts(5, 65, 70, np.float32)
     logits = normal(200, 5, dtype=np.float32) + np.array([2, 0, 0, 0, -9], np.float32)
@@ -272,7 +271,6 @@ def test_mlp_gradients_are_the_slopes(options):
         np.testing.assert_allclose(gradient, slope(value, array, dy), rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.xfail(reason="the products are still NumPy's", strict=False)
 def test_mlp_gradients_do_not_depend_on_threads_and_x_not_on_company(threads):
     x, logits, dy = (normal(90, n, dtype=np.float32) for n in (70, 5, 71))
     dy = dy[:, :70]

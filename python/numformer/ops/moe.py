@@ -278,39 +278,27 @@ def mlp_forward(x, weight, gate_up, down, *, routing, activation="swiglu"):
     inner = gate_up.shape[1] // 2
     if down.shape[::2] != (experts, inner):
         raise ValueError(f"mlp: down must have shape ({experts}, d, {inner}), got {down.shape}")
-    rows = dispatch_forward(x, routing)[0]
-    hidden = np.empty((len(rows), 2 * inner), x.dtype)
-    y = np.empty((len(rows), down.shape[1]), x.dtype)
-    for e, (i, j) in enumerate(zip(routing.offsets[:-1], routing.offsets[1:])):
-        np.matmul(rows[i:j], gate_up[e].T, out=hidden[i:j])
-        gate, up = hidden[i:j, :inner], hidden[i:j, inner:]
-        np.matmul(gate / (1 + np.exp(-gate)) * up, down[e].T, out=y[i:j])
+    rows = _core.moe_dispatch(x, routing.order)
+    hidden = _core.grouped_linear(rows, gate_up, routing.offsets, None, False)
+    y = _core.grouped_linear(_core.gated_halves(0, hidden), down, routing.offsets, None, False)
     return _core.moe_combine(y, weight, routing.order), (x, weight, gate_up, down, hidden, routing)
 
 
 def mlp_backward(dy, saved):
-    """Return the gradients with respect to x, the weights, gate_up and down."""
+    """Return the gradients with respect to x, the weights, gate_up and down.
+
+    With a = silu(gate) * up, y = sum_j w_j down a_j and da = down^T dy of each row: dw = da . a, ddown = dy (w a)^T,
+    and w da goes on through the gate. So of the inside only the pre-activation is needed (SonicMoE, arXiv:2512.14080).
+    """
     x, weight, gate_up, down, hidden, routing = saved
-    rows, drows = dispatch_forward(x, routing)[0], dispatch_forward(dy, routing)[0]
-    inner = down.shape[2]
-    dgate_up, ddown, dx = np.zeros_like(gate_up), np.zeros_like(down), np.empty_like(rows)
-    row_weight, row_dweight = np.empty(len(rows), x.dtype), np.empty(len(rows), x.dtype)
-    kept = routing.row >= 0
-    row_weight[routing.row[kept]] = weight[kept]
-    for e, (i, j) in enumerate(zip(routing.offsets[:-1], routing.offsets[1:])):
-        gate, up, s = hidden[i:j, :inner], hidden[i:j, inner:], row_weight[i:j, None]
-        sigmoid = 1 / (1 + np.exp(-gate))
-        dacted = drows[i:j] @ down[e]
-        acted = gate * sigmoid * up
-        row_dweight[i:j] = (dacted * acted).sum(1)
-        ddown[e] = drows[i:j].T @ (s * acted)
-        dacted *= s
-        dhidden = np.concatenate([dacted * up * (sigmoid * (1 + gate * (1 - sigmoid))), dacted * gate * sigmoid], 1)
-        dgate_up[e] = dhidden.T @ rows[i:j]
-        np.matmul(dhidden, gate_up[e], out=dx[i:j])
-    dweight = np.zeros_like(weight)
-    dweight[kept] = row_dweight[routing.row[kept]]
-    return _core.moe_dispatch_backward(dx, routing.order), dweight, dgate_up, ddown
+    order, offsets = routing.order, routing.offsets
+    dy = _core.moe_dispatch(dy, order)
+    dacted = _core.grouped_linear(dy, down, offsets, None, True)
+    acted, dhidden, dweight = _core.moe_swiglu_backward(hidden, dacted, weight, order)
+    ddown = _core.grouped_outer(dy, acted, offsets)
+    dgate_up = _core.grouped_outer(dhidden, _core.moe_dispatch(x, order), offsets)
+    drows = _core.grouped_linear(dhidden, gate_up, offsets, None, True)
+    return _core.moe_dispatch_backward(drows, order), dweight, dgate_up, ddown
 
 
 def mlp(x, routing, gate_up, down, *, activation="swiglu"):
