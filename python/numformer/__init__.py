@@ -50,3 +50,4 @@ from numformer import models as models  # isort: skip
 from numformer import data as data  # isort: skip
 from numformer import train as train  # isort: skip
 from numformer import rlhf as rlhf  # isort: skip
+from numformer import compress as compress  # isort: skip

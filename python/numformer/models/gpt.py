@@ -169,6 +169,15 @@ class GPT(Module, Pretrained):
 
     def hidden(self, tokens, cache=None):
         """What the last norm gives for `tokens` (B, S): (B, S, n_embd). `cache` holds what came before."""
+        x, rotary = self.enter(tokens, cache)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+    def enter(self, tokens, cache=None):
+        """What the first block is given: the stream (B, S, n_embd) and the rotary tables of its positions, or None."""
         start = cache.length if cache is not None else 0
         tokens = self._tokens(tokens, start)
         end = start + tokens.shape[1]
@@ -177,13 +186,7 @@ class GPT(Module, Pretrained):
             x = x * self.scale
         if self.position is not None:
             x = x + self.position(np.arange(start, end))
-        x = self.drop(x)
-        rotary = None if self.rotary is None else (self.rotary[0][start:end], self.rotary[1][start:end])
-        for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer)
-        if cache is not None:
-            cache.length = end
-        return self.norm(x)
+        return self.drop(x), None if self.rotary is None else tuple(table[start:end] for table in self.rotary)
 
     @property
     def output_weight(self):

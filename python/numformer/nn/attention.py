@@ -85,7 +85,14 @@ class MultiHeadAttention(Module):
     dropout : float
         Of the attention weights, in training mode.
     rng : numpy.random.Generator
+
+    Attributes
+    ----------
+    head_gate : array or Tensor (n_head,) or (B, n_head), optional
+        Multiplies what each head says: 0 silences a head. None, as at first, is 1 everywhere.
     """
+
+    head_gate = None
 
     def __init__(self, n_embd, n_head, n_kv_head=None, *, head_dim=None, causal=True, bias=False, dropout=0.0, rng,
                  dtype=np.float32):
@@ -118,18 +125,25 @@ class MultiHeadAttention(Module):
         cache : KVCache, optional
             What came before `x`; gets the keys and values of `x` as those of `layer`.
         """
+        return project(self.heads(x, rotary, cache, layer), self.out, self.out_bias, residual=residual)
+
+    def heads(self, x, rotary=None, cache=None, layer=0):
+        """What the heads say, side by side (B, S, n_head * head_dim), before `out` mixes them; times ``head_gate``."""
         qkv = project(x, self.qkv, self.qkv_bias)
         dropout = self.training and self.dropout > 0
         if cache is None and not dropout:
             y = packed_attention(qkv, self.n_head, self.n_kv_head, is_causal=self.causal, rotary=rotary)
-            return project(y, self.out, self.out_bias, residual=residual)
-        q, k, v = split_heads(qkv, self.n_head, self.n_kv_head)
-        if rotary is not None:
-            q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
-        drop = {"dropout_p": self.dropout, "rng": self.rng} if dropout else {}
-        y = nf.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.n_kv_head < self.n_head,
-                                            **drop)
-        y = y.swapaxes(1, 2).reshape(x.shape[0], x.shape[1], self.n_head * self.head_dim)
-        return project(y, self.out, self.out_bias, residual=residual)
+        else:
+            q, k, v = split_heads(qkv, self.n_head, self.n_kv_head)
+            if rotary is not None:
+                q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+            drop = {"dropout_p": self.dropout, "rng": self.rng} if dropout else {}
+            y = nf.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.n_kv_head < self.n_head,
+                                                **drop)
+            y = y.swapaxes(1, 2)
+        batch, length = x.shape[:2]
+        if self.head_gate is not None:
+            y = y.reshape(batch, length, self.n_head, self.head_dim) * self.head_gate.reshape(-1, 1, self.n_head, 1)
+        return y.reshape(batch, length, self.n_head * self.head_dim)
