@@ -1,14 +1,18 @@
 """scaled_dot_product_attention against torch's: forward, backward, and decode.
 
-    python -m benchmarks.bench_attention [forward] [backward] [decode] [step]
+    python -m benchmarks.bench_attention [forward] [backward] [features] [decode] [step]
 
 Work is counted as 4 S^2 D operations a head, half of it causal; the backward pass 2.5 times as many. Decode counts
-the bytes of the keys and values, each once, over copies that together lie beyond every cache.
+the bytes of the keys and values, each once, over copies that together lie beyond every cache. A feature is compared
+with the same attention without it; of a window only the pairs inside count.
 """
 import sys
 
-from benchmarks.harness import Suite, normal, torch
-from numformer import scaled_dot_product_attention
+from benchmarks.harness import Suite, normal, torch  # isort: skip
+
+import numpy as np
+
+from numformer import alibi_slopes, scaled_dot_product_attention
 from numformer.ops.attention import attention_backward, attention_forward
 
 # name: (B, H, Hkv, S, D, causal), goals of forward and backward
@@ -23,6 +27,13 @@ SHAPES = {
 DECODE = {
     "B8 H32:8 4096 keys D128": (8, 32, 8, 4096, 128),
     "B8 H12 1024 keys D64": (8, 12, 12, 1024, 64),
+}
+FEATURES = {
+    "ALiBi": ({"alibi_slopes": alibi_slopes(8)}, "95 % of plain"),
+    "softcap": ({"softcap": 30.0}, "80 % of plain"),
+    "added mask": ({"attn_mask": normal(2048, 2048)}, "85 % of plain"),
+    "added mask and its gradient": ({"attn_mask": normal(2048, 2048)}, None),
+    "dropout": ({"dropout_p": 0.1}, "75 % of plain"),
 }
 STEP = {"B1 H4 100 keys D32": (1, 4, 4, 100, 32), "B1 H4 300 keys D32": (1, 4, 4, 300, 32)}
 
@@ -51,7 +62,7 @@ def prefill(suite, name, which):
         suite.compare(f"forward {name}", work, goal=goals[0], rounds=rounds,
                       numformer=lambda: scaled_dot_product_attention(q, k, v, is_causal=causal), torch=peer)
         return
-    _, saved = attention_forward(q, k, v, None, int(causal))
+    _, saved = attention_forward(q, k, v, is_causal=causal)
     dout = normal(*q.shape)
     peer = None
     if torch:
@@ -62,6 +73,33 @@ def prefill(suite, name, which):
             torch.autograd.grad(y, leaves, gradient, retain_graph=True)
     suite.compare(f"backward {name}", 2.5 * work, goal=goals[1], rounds=rounds,
                   numformer=lambda: attention_backward(dout, saved), torch=peer)
+
+
+def feature(suite, name):
+    q, k, v = arrays(1, 8, 8, 2048, 2048, 64)
+    keywords, goal = FEATURES[name]
+    work, dout = 2 * 8 * 2048 * 2048 * 64, normal(*q.shape)
+    rng = np.random.default_rng(0)
+    extra = {**keywords, "rng": rng} if name == "dropout" else keywords
+    if "gradient" not in name:
+        suite.compare(f"forward D64 causal, {name}", work, goal=goal, rounds=7,
+                      numformer=lambda: scaled_dot_product_attention(q, k, v, is_causal=True, **extra),
+                      plain=lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
+    _, plain = attention_forward(q, k, v, is_causal=True)
+    _, saved = attention_forward(q, k, v, is_causal=True, gradients=("mask",) if "gradient" in name else (), **extra)
+    suite.compare(f"backward D64 causal, {name}", 2.5 * work, goal=goal, rounds=7,
+                  numformer=lambda: attention_backward(dout, saved), plain=lambda: attention_backward(dout, plain))
+
+
+def window(suite, length, size):
+    q, k, v = arrays(1, 8, 8, length, length, 64)
+    work, keywords = 4 * 8 * 64 * (length * (size + 1) - size * (size + 1) / 2), {"window_size": (size, 0)}
+    suite.compare(f"forward S{length} D64 window {size}", work, goal="65 %", rounds=5,
+                  numformer=lambda: scaled_dot_product_attention(q, k, v, **keywords))
+    _, saved = attention_forward(q, k, v, **keywords)
+    dout = normal(*q.shape)
+    suite.compare(f"backward S{length} D64 window {size}", 2.5 * work, goal="58 %", rounds=5,
+                  numformer=lambda: attention_backward(dout, saved))
 
 
 def decode(suite, name):
@@ -96,9 +134,14 @@ def step(suite, name):
 
 
 def main():
-    chosen = sys.argv[1:] or ["forward", "backward", "decode", "step"]
+    chosen = sys.argv[1:] or ["forward", "backward", "features", "decode", "step"]
     suite = Suite("attention")
     for which in chosen:
+        if which == "features":
+            for name in FEATURES:
+                feature(suite, name)
+            window(suite, 8192, 512)
+            continue
         for name in {"decode": DECODE, "step": STEP}.get(which, SHAPES):
             {"decode": decode, "step": step}[which](suite, name) if which in ("decode", "step") else \
                 prefill(suite, name, which)

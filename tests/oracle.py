@@ -64,29 +64,94 @@ def ulps(got, want):
     return np.where(finite, error, np.where(same, 0, np.inf))
 
 
-def attention(q, k, v, mask=None, causal=None, scale=None):
-    """(out, lse); `mask` boolean or added, `causal` None, "bottom_right" or "top_left". Masked slots are not read."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    (batch, heads, sq, dim), group, sk = q.shape, q.shape[1] // k.shape[1], k.shape[2]
+def philox(key, counter):
+    """The four words of counters of four words, arrays that broadcast: Salmon et al. 2011, Philox 4x32-10."""
+    x, k, low = [np.asarray(c, np.uint64) for c in counter], [key & 0xFFFFFFFF, key >> 32], np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [(b >> 32) ^ x[1] ^ np.uint64(k[0]), b & low, (a >> 32) ^ x[3] ^ np.uint64(k[1]), a & low]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return x
+
+
+def _attention_rows(q, k, mask=None, causal=None, scale=None, *, align="bottom_right", window=(-1, -1), softcap=0.0,
+                    slopes=None, kv_lengths=None, dropout=0.0, dropout_key=0):
+    """(b, h, i, the keys that the row sees, how far they stand ahead, scores before the softcap, scores, factors of the
+    dropout) of each row."""
+    (batch, heads, sq, dim), group = q.shape, q.shape[1] // k.shape[1]
     scale = 1 / math.sqrt(dim) if scale is None else scale
-    seen = np.ones((batch, heads, sq, sk), bool)
-    added = np.zeros((batch, heads, sq, sk))
-    if mask is not None and mask.dtype == bool:
-        seen &= mask
-    elif mask is not None:
-        seen &= mask > -np.inf
-        added += mask
-    if causal:
-        seen &= np.tril(np.ones((sq, sk), bool), sk - sq if causal == "bottom_right" else 0)
-    out, lse = np.zeros((batch, heads, sq, v.shape[3])), np.full((batch, heads, sq), -np.inf)
+    full = None if mask is None else np.broadcast_to(mask, (batch, heads, sq, k.shape[2]))
     for b, h, i in np.ndindex(batch, heads, sq):
-        keys = np.flatnonzero(seen[b, h, i])
-        if keys.size:
-            s = scale * k[b, h // group, keys] @ q[b, h, i] + added[b, h, i, keys]
+        length = k.shape[2] if kv_lengths is None else kv_lengths[b]
+        position = i + (0 if "top_left" in (causal, align) else length - sq)
+        j = np.arange(length)
+        seen = np.ones(length, bool)
+        if causal:
+            seen &= j <= position
+        if window[0] >= 0:
+            seen &= j >= position - window[0]
+        if window[1] >= 0:
+            seen &= j <= position + window[1]
+        if mask is not None:
+            seen &= full[b, h, i, :length] if mask.dtype == bool else full[b, h, i, :length] > -np.inf
+        keys = np.flatnonzero(seen)
+        raw = scale * k[b, h // group, keys].astype(np.float64) @ (q[b, h, i].astype(np.float64) if keys.size else
+                                                                   np.zeros(dim))
+        s = softcap * np.tanh(raw / softcap) if softcap else raw
+        if slopes is not None:
+            s = s + np.broadcast_to(slopes, (batch, heads))[b, h] * (keys - position)
+        if mask is not None and mask.dtype != bool:
+            s = s + full[b, h, i, keys]
+        factor = np.ones(keys.size)
+        if dropout:
+            words = np.stack(philox(dropout_key, (position & 0xFFFFFFFF, keys // 4, b * heads + h, 0 * keys)))
+            factor = (words[keys % 4, np.arange(keys.size)] >= int(dropout * 2**32)) / (1 - dropout)
+        yield b, h, i, keys, keys - position, raw, s, factor
+
+
+def attention(q, k, v, mask=None, causal=None, scale=None, *, sinks=None, **features):
+    """(out, lse); `mask` boolean or added, `causal` None, "bottom_right" or "top_left". Masked slots are not read."""
+    group = q.shape[1] // k.shape[1]
+    out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.full(q.shape[:3], -np.inf)
+    for b, h, i, keys, _, _, s, factor in _attention_rows(q, k, mask, causal, scale, **features):
+        if sinks is not None:
+            s = np.append(s, sinks[h])
+        if s.size:
             p = np.exp(s - s.max())
-            out[b, h, i] = p @ v[b, h // group, keys] / p.sum()
+            out[b, h, i] = (p[:keys.size] * factor) @ v[b, h // group, keys].astype(np.float64) / p.sum()
             lse[b, h, i] = s.max() + math.log(p.sum())
     return out, lse
+
+
+def attention_gradients(q, k, v, dout, dlse=None, mask=None, causal=None, scale=None, *, sinks=None, **features):
+    """The gradients by name: q, k, v, mask (the whole (B, H, Sq, Sk)), slopes (B, H), sinks (H,)."""
+    (batch, heads, sq, dim), group = q.shape, q.shape[1] // k.shape[1]
+    scale, softcap = 1 / math.sqrt(dim) if scale is None else scale, features.get("softcap", 0.0)
+    g = {"q": np.zeros(q.shape), "k": np.zeros(k.shape), "v": np.zeros(v.shape),
+         "mask": np.zeros((batch, heads, sq, k.shape[2])), "slopes": np.zeros((batch, heads)), "sinks": np.zeros(heads)}
+    for b, h, i, keys, ahead, raw, s, factor in _attention_rows(q, k, mask, causal, scale, **features):
+        if sinks is not None:
+            s = np.append(s, sinks[h])
+        if not s.size:
+            continue
+        p = np.exp(s - s.max())
+        p /= p.sum()
+        dy = dout[b, h, i].astype(np.float64) if keys.size else np.zeros(v.shape[3])
+        dp = np.append(factor * (v[b, h // group, keys].astype(np.float64) @ dy), [0] * (s.size - keys.size))
+        ds = p * (dp - p @ dp + (0 if dlse is None else dlse[b, h, i]))
+        g["sinks"][h] += ds[keys.size:].sum()
+        ds = ds[:keys.size]
+        g["v"][b, h // group, keys] += np.outer(p[:keys.size] * factor, dy)
+        g["mask"][b, h, i, keys] = ds
+        g["slopes"][b, h] += ds @ ahead
+        if softcap:
+            ds = ds * (1 - np.tanh(raw / softcap) ** 2)
+        if keys.size:
+            g["q"][b, h, i] = scale * ds @ k[b, h // group, keys].astype(np.float64)
+            g["k"][b, h // group, keys] += scale * np.outer(ds, q[b, h, i].astype(np.float64))
+    return g
+
+
 def log_softmax(x):
     x = np.asarray(x, np.float64)
     top = x.max(-1, keepdims=True)

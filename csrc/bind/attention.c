@@ -12,6 +12,7 @@ typedef struct {
     PyArrayObject *q, *k, *v; /* rows contiguous */
     PyArrayObject *out, *lse, *stats;
     PyArrayObject *dout, *dlse, *dq, *dk, *dv;
+    PyArrayObject *slopes, *sinks, *kv_lengths, *dmask, *dslopes, *dsinks;
     nf_attention p;
     const nf_attention_kernels *kernels;
     int type;
@@ -31,6 +32,12 @@ release(call *c)
     Py_XDECREF(c->dq);
     Py_XDECREF(c->dk);
     Py_XDECREF(c->dv);
+    Py_XDECREF(c->slopes);
+    Py_XDECREF(c->sinks);
+    Py_XDECREF(c->kv_lengths);
+    Py_XDECREF(c->dmask);
+    Py_XDECREF(c->dslopes);
+    Py_XDECREF(c->dsinks);
 }
 
 static nf_heads
@@ -172,9 +179,141 @@ check_lengths(const call *c)
     return 0;
 }
 
-enum { NOT_CAUSAL, BOTTOM_RIGHT, TOP_LEFT };
+/* A finite number in [least, most). */
+static int
+take_number(PyObject *object, double least, double most, const char *name, double *to)
+{
+    *to = PyFloat_AsDouble(object);
+    if (*to == -1.0 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (!(*to >= least && *to < most)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got %R", OP, name,
+                     most <= 1 ? "at least 0 and below 1" : "finite and not negative",
+                     object);
+        return -1;
+    }
+    return 0;
+}
 
-/* query, key, value, mask, scale (None: 1/sqrt(D)), causal. */
+static int
+take_window(nf_attention *p, PyObject *left, PyObject *right)
+{
+    const Py_ssize_t l = PyNumber_AsSsize_t(left, PyExc_OverflowError);
+    if (l == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    const Py_ssize_t r = PyNumber_AsSsize_t(right, PyExc_OverflowError);
+    if (r == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (l < -1 || r < -1) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: window_size must be two numbers of keys, -1 for no bound, got "
+                     "(%zd, %zd)",
+                     OP, l, r);
+        return -1;
+    }
+    p->left = l < 0 || l > NF_UNBOUNDED ? NF_UNBOUNDED : l;
+    const ptrdiff_t bound = r < 0 || r > NF_UNBOUNDED ? NF_UNBOUNDED : r;
+    p->right = bound < p->right ? bound : p->right;
+    return 0;
+}
+
+/* (H,) or, where `batched`, (B, H). */
+static PyArrayObject *
+take_per_head(const call *c, PyObject *object, int batched, const char *name)
+{
+    PyArrayObject *const array = nf_array(object, c->type, -1, OP, name);
+    if (array == NULL) {
+        return NULL;
+    }
+    const npy_intp shape[2] = {c->p.batch, c->p.heads};
+    const int two = batched && PyArray_NDIM(array) == 2;
+    return nf_check_shape(array, two ? 2 : 1, two ? shape : shape + 1, OP, name) < 0
+               ? NULL
+               : nf_contiguous(array);
+}
+
+static int
+take_kv_lengths(call *c, PyObject *object)
+{
+    PyObject *const given = PyArray_FROM_O(object);
+    if (given != NULL && !PyArray_ISINTEGER((PyArrayObject *)given)) {
+        PyErr_Format(PyExc_TypeError, "%s: kv_lengths must be integers, got %S", OP,
+                     PyArray_DESCR((PyArrayObject *)given));
+    }
+    else if (given != NULL) {
+        c->kv_lengths =
+            (PyArrayObject *)PyArray_FROMANY(given, NPY_INT64, 0, 0, NPY_ARRAY_IN_ARRAY);
+    }
+    Py_XDECREF(given);
+    if (c->kv_lengths == NULL
+        || nf_check_shape(c->kv_lengths, 1, &c->p.batch, OP, "kv_lengths") < 0) {
+        return -1;
+    }
+    const int64_t *const length = PyArray_DATA(c->kv_lengths);
+    for (ptrdiff_t b = 0; b < c->p.batch; b++) {
+        if (length[b] < 0 || length[b] > c->p.keys) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: kv_lengths must lie between 0 and Sk = %zd, got %lld", OP,
+                         c->p.keys, (long long)length[b]);
+            return -1;
+        }
+    }
+    c->p.kv_lengths = length;
+    return 0;
+}
+
+enum { LEFT, RIGHT, SOFTCAP, SLOPES, SINKS, KV_LENGTHS, DROPOUT, DROPOUT_KEY, FEATURES };
+
+/* None, or (left, right, softcap, alibi_slopes, sinks, kv_lengths, dropout_p, key). */
+static int
+take_features(call *c, PyObject *object)
+{
+    nf_attention *p = &c->p;
+    if (!nf_given(object)) {
+        return 0;
+    }
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != FEATURES) {
+        PyErr_Format(PyExc_TypeError, "%s: features must be a tuple of %d, got %R", OP,
+                     FEATURES, object);
+        return -1;
+    }
+    PyObject *const *const f = &PyTuple_GET_ITEM(object, 0);
+    double dropout;
+    if (take_window(p, f[LEFT], f[RIGHT]) < 0
+        || take_number(f[SOFTCAP], 0, HUGE_VAL, "softcap", &p->softcap) < 0
+        || take_number(f[DROPOUT], 0, 1, "dropout_p", &dropout) < 0) {
+        return -1;
+    }
+    if (dropout > 0) {
+        p->dropout_key = PyLong_AsUnsignedLongLong(f[DROPOUT_KEY]);
+        if (PyErr_Occurred()) {
+            return -1;
+        }
+        p->dropout_threshold = (uint32_t)(dropout * 0x1p32);
+        p->dropout_scale = 1 / (1 - dropout);
+    }
+    if (nf_given(f[SLOPES])) {
+        if ((c->slopes = take_per_head(c, f[SLOPES], 1, "alibi_slopes")) == NULL) {
+            return -1;
+        }
+        p->slopes = PyArray_DATA(c->slopes);
+        p->slopes_batch = PyArray_NDIM(c->slopes) == 2 ? p->heads : 0;
+    }
+    if (nf_given(f[SINKS])) {
+        if ((c->sinks = take_per_head(c, f[SINKS], 0, "sinks")) == NULL) {
+            return -1;
+        }
+        p->sinks = PyArray_DATA(c->sinks);
+    }
+    return nf_given(f[KV_LENGTHS]) ? take_kv_lengths(c, f[KV_LENGTHS]) : 0;
+}
+
+enum { CAUSAL = 1, TOP_LEFT = 2 };
+
+/* query, key, value, mask, scale (None: 1/sqrt(D)), the sum of CAUSAL and TOP_LEFT, features. */
 static int
 take_inputs(call *c, PyObject *const *args)
 {
@@ -209,9 +348,9 @@ take_inputs(call *c, PyObject *const *args)
         return -1;
     }
     p->left = NF_UNBOUNDED;
-    p->right = causal == NOT_CAUSAL ? NF_UNBOUNDED : 0;
-    p->offset = causal == TOP_LEFT ? 0 : p->keys - p->queries;
-    return take_mask(c, args[3]);
+    p->right = causal & CAUSAL ? 0 : NF_UNBOUNDED;
+    p->top_left = (causal & TOP_LEFT) != 0;
+    return take_mask(c, args[3]) < 0 ? -1 : take_features(c, args[6]);
 }
 
 /* out given by the caller, or new. */
@@ -234,19 +373,19 @@ take_out(call *c, PyObject *object)
     return out;
 }
 
-/* attention_forward(query, key, value, mask, scale, causal, out, want) -> out, where want is 0;
-   (out, lse) where it is 1; (out, lse, stats) where it is 2. */
+/* attention_forward(query, key, value, mask, scale, causal, features, out, want)
+   -> out, where want is 0; (out, lse) where it is 1; (out, lse, stats) where it is 2. */
 static PyObject *
 attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
     (void)self;
     call c = {0};
     PyObject *result = NULL;
-    if (nf_check_count(OP, count, 8) < 0 || take_inputs(&c, args) < 0) {
+    if (nf_check_count(OP, count, 9) < 0 || take_inputs(&c, args) < 0) {
         goto fail;
     }
-    const long want = PyLong_AsLong(args[7]);
-    if ((want == -1 && PyErr_Occurred()) || (c.out = take_out(&c, args[6])) == NULL) {
+    const long want = PyLong_AsLong(args[8]);
+    if ((want == -1 && PyErr_Occurred()) || (c.out = take_out(&c, args[7])) == NULL) {
         goto fail;
     }
     nf_attention *const p = &c.p;
@@ -278,6 +417,8 @@ fail:
     release(&c);
     return result;
 }
+
+enum { PACKED = 1, WANT_MASK = 2, WANT_SLOPES = 4, WANT_SINKS = 8 };
 
 /* dq, dk and dv as views of one new (B, S, (H + 2 Hkv) D) array, which is returned. */
 static PyArrayObject *
@@ -328,8 +469,63 @@ take_gradient(call *c, PyObject *object, int ndim, const npy_intp *shape, const 
     return ndim == 4 ? take(object, c->type, name) : nf_contiguous((PyArrayObject *)object);
 }
 
-/* attention_backward(query, key, value, mask, scale, causal, out, stats, dout, dlse, packed)
-   -> (dq, dk, dv); one array that holds all three where packed is true. */
+/* Memory for the gradients of the mask, the slopes and the sinks, where they are wanted; the
+   first is summed over keys or queries where the mask has one of them. */
+static int
+new_side_gradients(call *c, PyObject *mask, long wants)
+{
+    nf_attention *p = &c->p;
+    const npy_intp rows[3] = {p->batch, p->heads, p->queries};
+    const npy_intp keys[3] = {p->batch, p->heads, p->keys};
+    const npy_intp blocks[3] = {p->batch, p->heads,
+                                (p->keys + c->kernels->block_keys - 1)
+                                    / c->kernels->block_keys};
+    if (wants & WANT_MASK && p->mask_kind == NF_ADDED_MASK) {
+        const npy_intp *const step = p->mask_strides;
+        p->mask_gradient = step[3] == 0   ? NF_MASK_ROWS
+                           : step[2] == 0 ? NF_MASK_KEYS
+                                          : NF_WHOLE_MASK;
+        c->dmask = p->mask_gradient == NF_MASK_ROWS ? nf_new_zeroed(3, rows, c->type)
+                   : p->mask_gradient == NF_MASK_KEYS
+                       ? nf_new_zeroed(3, keys, c->type)
+                       : nf_new_zeroed(PyArray_NDIM((PyArrayObject *)mask),
+                                       PyArray_DIMS((PyArrayObject *)mask), c->type);
+        if (c->dmask == NULL) {
+            return -1;
+        }
+        p->dmask = PyArray_DATA(c->dmask);
+        const int missing = 4 - PyArray_NDIM(c->dmask);
+        for (int i = 0; p->mask_gradient == NF_WHOLE_MASK && i < 4; i++) {
+            p->dmask_strides[i] =
+                i < missing || PyArray_DIM(c->dmask, i - missing) == 1
+                    ? 0
+                    : PyArray_STRIDE(c->dmask, i - missing) / PyArray_ITEMSIZE(c->dmask);
+        }
+    }
+    if (wants & WANT_SLOPES && c->slopes) {
+        if ((c->dslopes = nf_new_zeroed(3, blocks, c->type)) == NULL) {
+            return -1;
+        }
+        p->dslopes = PyArray_DATA(c->dslopes);
+    }
+    if (wants & WANT_SINKS && c->sinks) {
+        if ((c->dsinks = nf_new_zeroed(3, rows, c->type)) == NULL) {
+            return -1;
+        }
+        p->dsinks = PyArray_DATA(c->dsinks);
+    }
+    return 0;
+}
+
+static PyObject *
+or_none(PyArrayObject *array)
+{
+    return array ? (PyObject *)array : Py_None;
+}
+
+/* attention_backward(query, key, value, mask, scale, causal, features, out, stats, dout, dlse,
+   wants) -> (dq, dk, dv, dmask, dslopes, dsinks); one array that holds the first three where
+   PACKED is wanted. */
 static PyObject *
 attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -337,29 +533,29 @@ attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     call c = {0};
     PyArrayObject *packed = NULL;
     PyObject *result = NULL;
-    if (nf_check_count(OP, count, 11) < 0 || take_inputs(&c, args) < 0) {
+    if (nf_check_count(OP, count, 12) < 0 || take_inputs(&c, args) < 0) {
         goto fail;
     }
     nf_attention *const p = &c.p;
     const npy_intp rows[4] = {p->batch, p->heads, p->queries, 2};
     const npy_intp out_shape[4] = {p->batch, p->heads, p->queries, p->value_dim};
-    if ((c.out = take(args[6], c.type, "out")) == NULL
+    if ((c.out = take(args[7], c.type, "out")) == NULL
         || nf_check_shape(c.out, 4, out_shape, OP, "out") < 0
-        || (c.stats = take(args[7], c.type, "stats")) == NULL
+        || (c.stats = take(args[8], c.type, "stats")) == NULL
         || nf_check_shape(c.stats, 4, rows, OP, "stats") < 0
-        || (c.dout = take_gradient(&c, args[8], 4, out_shape, "the gradient of out"))
+        || (c.dout = take_gradient(&c, args[9], 4, out_shape, "the gradient of out"))
                == NULL) {
         goto fail;
     }
-    if (nf_given(args[9])
-        && (c.dlse = take_gradient(&c, args[9], 3, rows, "the gradient of lse")) == NULL) {
+    if (nf_given(args[10])
+        && (c.dlse = take_gradient(&c, args[10], 3, rows, "the gradient of lse")) == NULL) {
         goto fail;
     }
-    const int wants_packed = PyObject_IsTrue(args[10]);
-    if (wants_packed < 0) {
+    const long wants = PyLong_AsLong(args[11]);
+    if ((wants == -1 && PyErr_Occurred()) || new_side_gradients(&c, args[3], wants) < 0) {
         goto fail;
     }
-    if (wants_packed) {
+    if (wants & PACKED) {
         if ((packed = new_packed(&c)) == NULL) {
             goto fail;
         }
@@ -380,8 +576,9 @@ attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (nf_check_status(status, OP) < 0) {
         goto fail;
     }
-    result =
-        wants_packed ? Py_NewRef((PyObject *)packed) : PyTuple_Pack(3, c.dq, c.dk, c.dv);
+    result = wants & PACKED ? Py_NewRef((PyObject *)packed)
+                            : PyTuple_Pack(6, c.dq, c.dk, c.dv, or_none(c.dmask),
+                                           or_none(c.dslopes), or_none(c.dsinks));
 fail:
     Py_XDECREF(packed);
     release(&c);

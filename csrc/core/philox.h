@@ -16,11 +16,11 @@ enum { NF_PHILOX_BLOCK = 64, NF_PHILOX_COUNTERS = 16, NF_PHILOX_ROUNDS = 10 };
 #define NF_PHILOX_KEY_STEP_0   0x9E3779B9u
 #define NF_PHILOX_KEY_STEP_1   0xBB67AE85u
 
-/* The four words of a counter. */
+/* A counter of four words becomes its four numbers. */
 static inline void
-nf_philox(uint64_t key, uint64_t counter, uint32_t word[4])
+nf_philox_rounds(uint64_t key, uint32_t word[4])
 {
-    uint32_t a = (uint32_t)counter, b = (uint32_t)(counter >> 32), c = 0, d = 0;
+    uint32_t a = word[0], b = word[1], c = word[2], d = word[3];
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
     for (int round = 0; round < NF_PHILOX_ROUNDS; round++) {
         const uint64_t p0 = (uint64_t)NF_PHILOX_MULTIPLIER_0 * a;
@@ -33,6 +33,15 @@ nf_philox(uint64_t key, uint64_t counter, uint32_t word[4])
         k1 += NF_PHILOX_KEY_STEP_1;
     }
     word[0] = a, word[1] = b, word[2] = c, word[3] = d;
+}
+
+/* The four words of a counter. */
+static inline void
+nf_philox(uint64_t key, uint64_t counter, uint32_t word[4])
+{
+    word[0] = (uint32_t)counter, word[1] = (uint32_t)(counter >> 32);
+    word[2] = word[3] = 0;
+    nf_philox_rounds(key, word);
 }
 
 /* The number of element i. */

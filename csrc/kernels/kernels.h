@@ -156,22 +156,49 @@ typedef struct {
 
 typedef enum { NF_NO_MASK, NF_BOOLEAN_MASK, NF_ADDED_MASK } nf_mask_kind;
 
-/* One attention. Query i stands at position i + offset among the keys and sees those from
-   position - left to position + right that the mask leaves it. */
+/* What the gradient of an added mask is summed to. */
+typedef enum {
+    NF_NO_MASK_GRADIENT,
+    NF_WHOLE_MASK, /* (B, H, Sq, Sk) by mask_strides of its own, the first two may be 0 */
+    NF_MASK_ROWS,  /* (B, H, Sq): over keys */
+    NF_MASK_KEYS   /* (B, H, Sk): over queries */
+} nf_mask_gradient;
+
+/* One attention: `batch` sequences, each of them queries against keys of its own. Query i
+   stands at position i + offset among its keys, where offset is 0 or leaves the last query
+   beside the last key, and sees those from position - left to position + right that the
+   mask leaves it. A score is scale q.k, then softcap tanh(score / softcap), then plus slope
+   (key - position), then plus the mask. */
 typedef struct {
-    ptrdiff_t batch, heads, kv_heads, queries, keys, dim, value_dim;
-    ptrdiff_t offset, left, right;
-    double scale;
+    ptrdiff_t batch, heads, kv_heads, dim, value_dim;
+    ptrdiff_t queries, keys; /* of a sequence; of the longest */
+    int top_left;            /* offset 0 */
+    ptrdiff_t left, right;
+    double scale, softcap; /* softcap 0: none */
     nf_heads q, k, v, out;
     nf_mask_kind mask_kind;
     const void *mask; /* (B, H, Sq, Sk) by these strides, in elements */
     ptrdiff_t mask_strides[4];
+    const void *slopes; /* of head h of sequence b at b * slopes_batch + h; or NULL */
+    ptrdiff_t slopes_batch;
+    const void *sinks; /* (H): one more score of every row, without a value; or NULL */
+    const int64_t *kv_lengths; /* (B): keys of each sequence; or NULL */
+    /* Weights are dropped where their random number is below the threshold; dropout_scale 0:
+       dropout is off. */
+    uint64_t dropout_key;
+    uint32_t dropout_threshold;
+    double dropout_scale;
     void *lse;   /* (B, H, Sq): the natural logarithm of the sum; or NULL */
     void *stats; /* (B, H, Sq, 2): for the backward pass; or NULL */
     /* of the backward pass alone */
     nf_heads dout, dq, dk, dv;
     const void *dlse; /* (B, H, Sq) or NULL */
-    void *workspace;  /* 64-byte aligned */
+    nf_mask_gradient mask_gradient;
+    void *dmask; /* zeros */
+    ptrdiff_t dmask_strides[4];
+    void *dslopes;   /* (B, H, blocks of keys): the sum of each; or NULL */
+    void *dsinks;    /* (B, H, Sq): of each row; or NULL */
+    void *workspace; /* 64-byte aligned */
 } nf_attention;
 
 /* A task: the index-th of its pass. Every count and size follows from the shapes alone. */

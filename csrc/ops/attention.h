@@ -10,7 +10,8 @@
 /* Fills out, and lse and stats where they are given. */
 nf_status nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *p);
 
-/* Fills dq, dk and dv from dout and what the forward pass left in out and stats. */
+/* Fills dq, dk and dv, and dmask, dslopes and dsinks where they are given, from dout and what
+   the forward pass left in out and stats. */
 nf_status nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *p);
 
 #endif

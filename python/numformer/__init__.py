@@ -18,6 +18,8 @@ from numformer.ops.arithmetic import stack as stack
 from numformer.ops.arithmetic import take_along_axis as take_along_axis
 from numformer.ops.arithmetic import tanh as tanh
 from numformer.ops.arithmetic import where as where
+from numformer.ops.attention import alibi_slopes as alibi_slopes
+from numformer.ops.attention import merge_attention as merge_attention
 from numformer.ops.attention import scaled_dot_product_attention as scaled_dot_product_attention
 from numformer.ops.cross_entropy import cross_entropy as cross_entropy
 from numformer.ops.cross_entropy import softmax_entropy as softmax_entropy

@@ -64,11 +64,12 @@ def moe_swiglu_backward(hidden: np.ndarray, dacted: np.ndarray, weight: np.ndarr
 # attention
 def attention_forward(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None, scale: float | None, causal: int,
-    out: np.ndarray | None, want: int, /,
+    features: tuple[Any, ...] | None, out: np.ndarray | None, want: int, /,
 ) -> Any: ...
 def attention_backward(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None, scale: float | None, causal: int,
-    out: np.ndarray, stats: np.ndarray, dout: np.ndarray | None, dlse: np.ndarray | None, packed: bool, /,
+    features: tuple[Any, ...] | None, out: np.ndarray, stats: np.ndarray, dout: np.ndarray | None,
+    dlse: np.ndarray | None, wants: int, /,
 ) -> Any: ...
 # rows of the last axis; numformer.ops.{norm,softmax,cross_entropy,embedding,rotary} give names and documentation
 def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, eps: float, residual: np.ndarray | None,

@@ -222,13 +222,3 @@ def test_wrong_masks_are_named_in_the_error():
     for wrong in (np.ones((3, 5), np.int32), np.ones((3, 5))):
         with pytest.raises(TypeError, match="attn_mask must be boolean"):
             sdpa(q, k, v, wrong)
-    with pytest.raises(NotImplementedError, match="attn_mask"):
-        sdpa(q, k, v, nf.Tensor(np.zeros((3, 5), np.float32), requires_grad=True))
-
-
-@pytest.mark.parametrize("keyword", [{"dropout_p": 0.1}, {"window_size": (3, 0)}, {"softcap": 30.0},
-                                     {"alibi_slopes": np.ones(1)}, {"sinks": np.ones(1)},
-                                     {"kv_lengths": np.ones(1)}, {"rng": np.random.default_rng(0)}])
-def test_keywords_without_support_are_refused_by_name(keyword):
-    with pytest.raises(NotImplementedError, match=next(iter(keyword))):
-        sdpa(*arrays(1, 1, 3, 5, 8), **keyword)

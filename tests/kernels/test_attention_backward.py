@@ -10,35 +10,15 @@ from tests.kernels.test_attention import arrays, sdpa
 
 
 def gradients(q, k, v, dout, mask=None, causal=0, dlse=None):
-    _y, saved = attention_forward(q, k, v, mask, causal, None, dlse is not None)
+    _y, saved = attention_forward(q, k, v, mask, is_causal=causal > 0, return_lse=dlse is not None,
+                                  causal_align="top_left" if causal == 2 else "bottom_right")
     return attention_backward(dout if dlse is None else (dout, dlse), saved)[:3]
 
 
 def reference(q, k, v, dout, mask=None, causal=None):
-    """(dq, dk, dv) row by row, in float64; masked slots are not read."""
-    q, k, v, dout = (np.asarray(x, np.float64) for x in (q, k, v, dout))
-    (batch, heads, sq, dim), group, sk = q.shape, q.shape[1] // k.shape[1], k.shape[2]
-    seen = np.ones((batch, heads, sq, sk), bool)
-    added = np.zeros((batch, heads, sq, sk))
-    if mask is not None and mask.dtype == bool:
-        seen &= mask
-    elif mask is not None:
-        added += mask
-    if causal:
-        seen &= np.tril(np.ones((sq, sk), bool), sk - sq if causal == "bottom_right" else 0)
-    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for b, h, i in np.ndindex(batch, heads, sq):
-        j, g = np.flatnonzero(seen[b, h, i]), h // group
-        if j.size:
-            s = k[b, g, j] @ q[b, h, i] / np.sqrt(dim) + added[b, h, i, j]
-            p = np.exp(s - s.max())
-            p /= p.sum()
-            dp = v[b, g, j] @ dout[b, h, i]
-            ds = p * (dp - p @ dp) / np.sqrt(dim)
-            dq[b, h, i] = ds @ k[b, g, j]
-            dk[b, g, j] += np.outer(ds, q[b, h, i])
-            dv[b, g, j] += np.outer(p, dout[b, h, i])
-    return dq, dk, dv
+    """(dq, dk, dv) row by row, in float64."""
+    g = oracle.attention_gradients(q, k, v, dout, mask=mask, causal=causal)
+    return g["q"], g["k"], g["v"]
 
 
 def upstream(q, v, seed=9):

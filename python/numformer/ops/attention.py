@@ -8,46 +8,87 @@ import numpy as np
 from numformer import _core
 from numformer.tensor import Tensor, apply
 
-__all__ = ["attention_backward", "attention_forward", "packed_attention", "packed_attention_backward",
-           "packed_attention_forward", "scaled_dot_product_attention"]
+__all__ = ["alibi_slopes", "attention_backward", "attention_forward", "merge_attention", "merge_attention_backward",
+           "merge_attention_forward", "packed_attention", "packed_attention_backward", "packed_attention_forward",
+           "scaled_dot_product_attention"]
 
 _OP = "scaled_dot_product_attention"
-_ALIGN = {"bottom_right": 1, "top_left": 2}
+_ALIGN = {"bottom_right": 0, "top_left": 2}
+_CAUSAL, _PACKED, _WANT_MASK, _WANT_SLOPES, _WANT_SINKS = 1, 1, 2, 4, 8     # as in csrc/bind/attention.c
 
 
 def _causal(is_causal, causal_align):
-    """Which keys a query sees, in the binding's terms: 0 all, 1 and 2 as `causal_align` says."""
+    """Which keys a query sees, in the binding's terms."""
     align = _ALIGN.get(causal_align)
     if align is None:
         raise ValueError(f'{_OP}: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
-    return align if is_causal else 0
+    return align | (_CAUSAL if is_causal else 0)
 
 
-def _refuse(dropout_p, window_size, softcap, alibi_slopes, sinks, kv_lengths, rng):
-    """NotImplementedError for the keywords that have a name already and no kernel yet."""
-    given = {"dropout_p": dropout_p != 0.0, "window_size": tuple(window_size) != (-1, -1), "softcap": softcap != 0.0,
-             "alibi_slopes": alibi_slopes is not None, "sinks": sinks is not None,
-             "kv_lengths": kv_lengths is not None, "rng": rng is not None}
-    for name, is_given in given.items():
-        if is_given:
-            raise NotImplementedError(f"{_OP}: {name} is not supported yet; leave it out")
+def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, dropout_p=0.0,
+              rng=None):
+    """The binding's tuple of what most calls leave out, or None; draws the key of the dropout."""
+    if softcap is None:
+        softcap = 0.0
+    key = 0
+    if dropout_p != 0:
+        bits = getattr(rng, "bit_generator", None)
+        if bits is None:
+            raise TypeError(f"{_OP}: rng must be a numpy.random.Generator where dropout_p is not 0, got "
+                            f"{type(rng).__name__}")
+        key = bits.random_raw()
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ValueError(f"{_OP}: window_size must be two numbers of keys, (left, right), got "
+                         f"{window_size!r}") from None
+    if left == right == -1 and softcap == 0 and alibi_slopes is sinks is kv_lengths is None and dropout_p == 0:
+        return None
+    return left, right, softcap, alibi_slopes, sinks, kv_lengths, dropout_p, key
 
 
-def attention_forward(query, key, value, attn_mask=None, causal=0, scale=None, return_lse=False, out=None):
-    """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_backward` needs."""
-    out, lse, stats = _core.attention_forward(query, key, value, attn_mask, scale, causal, out, 2)
-    saved = query, key, value, attn_mask, causal, scale, return_lse, out, stats
+def attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None, *, is_causal=False,
+                      causal_align="bottom_right", scale=None, return_lse=False, out=None,
+                      gradients=("mask", "slopes", "sinks"), **features):
+    """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_backward` needs.
+
+    `features` are window_size, softcap, kv_lengths, dropout_p and rng. `gradients` names those of attn_mask, ALiBi
+    slopes and sinks that the backward pass shall compute.
+    """
+    causal = _causal(is_causal, causal_align)
+    features = _features(alibi_slopes=alibi_slopes, sinks=sinks, **features)
+    out, lse, stats = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
+    saved = query, key, value, attn_mask, causal, scale, features, gradients, return_lse, out, stats
     return ((out, lse) if return_lse else out), saved
 
 
+def _mask_gradient(gradient, mask):
+    """What the kernel left, summed to the shape of the mask."""
+    if gradient is None or gradient.shape == mask.shape:
+        return gradient
+    shape = (1,) * (4 - mask.ndim) + mask.shape
+    gradient = gradient[..., None] if shape[3] == 1 else gradient[:, :, None]
+    axes = tuple(i for i in range(4) if shape[i] == 1)
+    return gradient.sum(axis=axes, keepdims=True, dtype=np.float64).astype(mask.dtype).reshape(mask.shape)
+
+
 def attention_backward(dy, saved):
-    """Return the gradients with respect to query, key and value, and None for the mask.
+    """Return the gradients with respect to query, key, value, attn_mask, alibi_slopes and sinks; None where not wanted.
 
     A gradient has its heads inside its rows in memory, as (B, S, H, D), where the array it belongs to has.
     """
-    query, key, value, attn_mask, causal, scale, return_lse, out, stats = saved
+    query, key, value, attn_mask, causal, scale, features, gradients, return_lse, out, stats = saved
     dout, dlse = dy if return_lse else (dy, None)
-    return (*_core.attention_backward(query, key, value, attn_mask, scale, causal, out, stats, dout, dlse, False), None)
+    wants = (_WANT_MASK * ("mask" in gradients) + _WANT_SLOPES * ("slopes" in gradients)
+             + _WANT_SINKS * ("sinks" in gradients))
+    dq, dk, dv, dmask, dslopes, dsinks = _core.attention_backward(
+        query, key, value, attn_mask, scale, causal, features, out, stats, dout, dlse, wants)
+    if dslopes is not None:
+        slopes = features[3]
+        dslopes = dslopes.sum(axis=2 if slopes.ndim == 2 else (0, 2), dtype=np.float64).astype(slopes.dtype)
+    if dsinks is not None:
+        dsinks = dsinks.sum(axis=(0, 2), dtype=np.float64).astype(dsinks.dtype)
+    return dq, dk, dv, _mask_gradient(dmask, attn_mask), dslopes, dsinks
 
 
 def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
@@ -66,10 +107,12 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         `H` must be a multiple of `Hkv`; query head `h` reads head ``h // (H // Hkv)`` (Ainslie et al. 2023,
         arXiv:2305.13245).
     value : (B, Hkv, Sk, Dv)
-    attn_mask : ndarray that broadcasts to (B, H, Sq, Sk), optional
-        Boolean: True where a query attends. Floating, of query's dtype: added to the scaled scores.
+    attn_mask : ndarray or Tensor that broadcasts to (B, H, Sq, Sk), optional
+        Boolean: True where a query attends. Floating, of query's dtype: added to the scaled scores; its gradient is
+        summed over the axes that it is broadcast along.
     dropout_p : float
-        Only 0.0 for now.
+        Probability, below 1, that a weight is set to 0 after the softmax; the others are divided by
+        ``1 - dropout_p``. lse is that without dropout.
     is_causal : bool
         A query sees no key that stands after it; together with `attn_mask`, both hold.
     scale : float, optional
@@ -88,8 +131,26 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                                       1 0             1 1
                                                       1 1             1 1
 
-    window_size, softcap, alibi_slopes, sinks, kv_lengths, rng
-        Only their defaults for now.
+        The positions of the queries that it gives are those of `window_size` and `alibi_slopes` too.
+    window_size : (left, right)
+        A query at position p sees the keys ``p - left`` to ``p + right`` alone; -1 is no bound. The time is
+        proportional to the window.
+    softcap : float
+        Scaled scores s become ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv:2408.00118), before anything is added;
+        0.0 is none.
+    alibi_slopes : ndarray or Tensor, (H,) or (B, H), of query's dtype, optional
+        ``-slope * (p - j)`` is added to the score of key j for a query at position p (Press et al. 2022,
+        arXiv:2108.12409); :func:`alibi_slopes` gives the paper's slopes.
+    sinks : ndarray or Tensor, (H,), of query's dtype, optional
+        One more logit in the softmax of every row of a head, without a value (gpt-oss; Xiao et al. 2024,
+        arXiv:2309.17453). It counts in lse, so the lse of a row that sees no key is the sink.
+    kv_lengths : int array, (B,), optional
+        Keys and values from there on are padding, which is never read; "bottom_right" then aligns to that length.
+        A sequence has the bits that it would have without padding, where dropout is off.
+    rng : numpy.random.Generator
+        Advanced by one number where `dropout_p` is not 0. Which weights are dropped is a function of that number and
+        of (batch, head, position of the query, key) alone, so it does not depend on threads, dtype or the cut of the
+        work, and the backward pass makes the mask again.
     return_lse : bool
         Return ``(out, lse)``, lse (B, H, Sq) the natural logarithm of each row's sum of exponentials.
     out : ndarray, (B, H, Sq, Dv), C-contiguous, optional
@@ -104,32 +165,108 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, or dtypes differ.
+        If an array is not float32 or float64, or dtypes differ, or there is no `rng` for the dropout.
     ValueError
-        If shapes do not fit together.
-    NotImplementedError
-        For a keyword without support, and for an `attn_mask` that requires a gradient.
+        If shapes do not fit together, or a number is out of its range.
 
     Notes
     -----
+    The order is scale, softcap, ALiBi and added mask, boolean mask, causality and window, softmax, dropout.
+
     Sq Sk (D + Dv) multiply-adds a head, half of it causal; the backward pass takes 2.5 times as many. Both need
     memory O(S D).
     """
-    causal = 0
-    if is_causal or causal_align != "bottom_right":
-        causal = _causal(is_causal, causal_align)
-    if (dropout_p != 0.0 or window_size != (-1, -1) or softcap != 0.0 or alibi_slopes is not None
-            or sinks is not None or kv_lengths is not None or rng is not None):
-        _refuse(dropout_p, window_size, softcap, alibi_slopes, sinks, kv_lengths, rng)
-    if type(query) is np.ndarray and type(key) is np.ndarray and type(value) is np.ndarray and \
-            type(attn_mask) is not Tensor:
-        return _core.attention_forward(query, key, value, attn_mask, scale, causal, out, 1 if return_lse else 0)
-    if type(attn_mask) is Tensor:
-        if attn_mask.requires_grad:
-            raise NotImplementedError(f"{_OP}: the gradient of attn_mask is not supported yet; give an array")
-        attn_mask = attn_mask.data
-    return apply(attention_forward, attention_backward, query, key, value, attn_mask=attn_mask, causal=causal,
-                 scale=scale, return_lse=return_lse, out=out)
+    arrays = type(query) is type(key) is type(value) is np.ndarray
+    extras = (window_size != (-1, -1) or softcap or alibi_slopes is not None or sinks is not None
+              or kv_lengths is not None or dropout_p != 0.0)
+    if arrays and type(attn_mask) is not Tensor and not extras:
+        causal = _causal(is_causal, causal_align) if is_causal or causal_align != "bottom_right" else 0
+        return _core.attention_forward(query, key, value, attn_mask, scale, causal, None, out, 1 if return_lse else 0)
+    features = {"window_size": window_size, "softcap": softcap, "kv_lengths": kv_lengths, "dropout_p": dropout_p,
+                "rng": rng}
+    sides = {"mask": attn_mask, "slopes": alibi_slopes, "sinks": sinks}
+    if arrays and Tensor not in map(type, sides.values()):
+        return _core.attention_forward(query, key, value, attn_mask, scale, _causal(is_causal, causal_align),
+                                       _features(alibi_slopes=alibi_slopes, sinks=sinks, **features), out,
+                                       1 if return_lse else 0)
+    wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
+    return apply(attention_forward, attention_backward, query, key, value, attn_mask, alibi_slopes, sinks,
+                 is_causal=is_causal, causal_align=causal_align, scale=scale, return_lse=return_lse, out=out,
+                 gradients=wanted, **features)
+
+
+def alibi_slopes(num_heads):
+    """The slopes of ALiBi (Press et al. 2022, arXiv:2108.12409).
+
+    Parameters
+    ----------
+    num_heads : int
+
+    Returns
+    -------
+    ndarray, (num_heads,), float32
+        ``2^(-8 h / n)``, h = 1 ... n, for a power of two n. For another number, those of the largest power of two
+        below it, followed by every other one of twice as many heads, as the paper's code has it.
+    """
+    if num_heads < 1:
+        raise ValueError(f"alibi_slopes: num_heads must be at least 1, got {num_heads}")
+    power = 1 << (int(num_heads).bit_length() - 1)
+    whole = 2.0 ** (-8 * np.arange(1, power + 1) / power)
+    between = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
+    return np.concatenate([whole, between[:num_heads - power]]).astype(np.float32)
+
+
+def merge_attention_forward(out_a, lse_a, out_b, lse_b):
+    """Return ``((out, lse), saved)``; `saved` is what :func:`merge_attention_backward` needs."""
+    if not out_a.shape == out_b.shape == (*lse_a.shape, *out_a.shape[-1:]) or lse_a.shape != lse_b.shape:
+        raise ValueError("merge_attention: out_a and out_b must have one shape, and lse_a and lse_b that shape without "
+                         f"its last axis, got {out_a.shape}, {lse_a.shape}, {out_b.shape}, {lse_b.shape}")
+    top = np.maximum(lse_a, lse_b)
+    base = np.where(top == -np.inf, top.dtype.type(0), top)
+    a, b = np.exp(lse_a - base), np.exp(lse_b - base)
+    total = a + b
+    with np.errstate(divide="ignore"):
+        lse = base + np.log(total)
+    share_a, share_b = (np.divide(x, total, out=np.zeros_like(total), where=total > 0)[..., None] for x in (a, b))
+    # A part that has no weight may hold anything.
+    out = np.where(share_b == 0, out_a, np.where(share_a == 0, out_b, out_a + (out_b - out_a) * share_b))
+    return (out, lse), (out_a, out_b, share_a, share_b)
+
+
+def merge_attention_backward(dy, saved):
+    """Return the gradients with respect to out_a, lse_a, out_b and lse_b."""
+    (dout, dlse), (out_a, out_b, share_a, share_b) = dy, saved
+    dout = np.zeros_like(out_a) if dout is None else dout
+    both = (share_a > 0) & (share_b > 0)
+    turn = np.where(both, dout * (out_b - out_a), out_a.dtype.type(0)).sum(axis=-1) * (share_a * share_b)[..., 0]
+    dlse_a, dlse_b = (0, 0) if dlse is None else (share_a[..., 0] * dlse, share_b[..., 0] * dlse)
+    return (np.where(share_b == 0, dout, dout * share_a), dlse_a - turn,
+            np.where(share_b == 0, out_a.dtype.type(0), dout * share_b), dlse_b + turn)
+
+
+def merge_attention(out_a, lse_a, out_b, lse_b):
+    """Join the attention of one set of queries to two disjoint sets of keys.
+
+    Parameters
+    ----------
+    out_a, out_b : ndarray or Tensor, (..., Dv)
+        What :func:`scaled_dot_product_attention` gave for each set.
+    lse_a, lse_b : ndarray or Tensor, (...)
+        Its lse, of the shape of out without its last axis. With sinks, one of the two sets must be made without.
+
+    Returns
+    -------
+    out : (..., Dv)
+        ``out_a + (out_b - out_a) * sigmoid(lse_b - lse_a)``; a part whose lse is -inf may hold anything.
+    lse : (...)
+        ``log(exp(lse_a) + exp(lse_b))``
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit together.
+    """
+    return apply(merge_attention_forward, merge_attention_backward, out_a, lse_a, out_b, lse_b)
 
 
 def _split(qkv, num_heads, num_kv_heads):
@@ -152,7 +289,7 @@ def packed_attention_forward(qkv, num_heads, num_kv_heads, is_causal=False, scal
         heads = qkv.reshape(*qkv.shape[:2], num_heads + 2 * num_kv_heads, -1)
         _turn(heads[:, :, :num_heads + num_kv_heads], rotary, False)
     query, key, value = _split(qkv, num_heads, num_kv_heads)
-    out, _, stats = _core.attention_forward(query, key, value, None, scale, int(is_causal), None, 2)
+    out, _, stats = _core.attention_forward(query, key, value, None, scale, int(is_causal), None, None, 2)
     joined = out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], -1)
     return joined, (query, key, value, int(is_causal), scale, out, stats, rotary)
 
@@ -162,7 +299,7 @@ def packed_attention_backward(dy, saved):
     query, key, value, causal, scale, out, stats, rotary = saved
     batch, heads, length, dim = out.shape
     dout = dy.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
-    dqkv = _core.attention_backward(query, key, value, None, scale, causal, out, stats, dout, None, True)
+    dqkv = _core.attention_backward(query, key, value, None, scale, causal, None, out, stats, dout, None, _PACKED)
     if rotary is not None:
         _turn(dqkv.reshape(batch, length, -1, dim)[:, :, :heads + key.shape[1]], rotary, True)
     return (dqkv,)

@@ -1,0 +1,50 @@
+"""nn.MultiHeadAttention: dropout of its weights, in a layer and in a GPT."""
+import numpy as np
+
+import numformer as nf
+from numformer.nn import MultiHeadAttention
+
+
+def layer(dropout=0.3):
+    return MultiHeadAttention(16, 4, 2, dropout=dropout, rng=np.random.default_rng(0))
+
+
+def test_dropout_acts_in_training_alone():
+    attention, plain = layer(), layer(0.0)
+    x = np.random.default_rng(1).standard_normal((2, 9, 16), np.float32)
+    assert (attention(x).data != plain(x).data).any() and (attention(x).data != attention(x).data).any()
+    attention.eval()
+    assert (attention(x).data == plain(x).data).all()
+
+
+def test_a_checkpoint_that_knows_the_generator_drops_the_same_weights_again():
+    x = np.random.default_rng(1).standard_normal((2, 9, 16), np.float32)
+    gradients, after = [], []
+    for checkpointed in (False, True):
+        attention = layer()
+        leaf = nf.Tensor(x, requires_grad=True)
+        y = nf.checkpoint(attention, leaf, rng=attention.rng) if checkpointed else attention(leaf)
+        (y * y).sum().backward()
+        gradients.append([leaf.grad, *(p.grad for p in attention.parameters())])
+        after.append(attention.rng.random())
+    for plain, again in zip(*gradients, strict=True):
+        assert (plain == again).all()
+    assert after[0] == after[1]
+
+
+def test_a_gpt_learns_with_dropout():
+    rng = np.random.default_rng(0)
+    model = nf.models.GPT(nf.models.GPTConfig(16, 12, 2, 2, 32, dropout=0.1), rng=rng)
+    model.train()
+    tokens = np.arange(13)[None] % 4 + np.arange(4)[:, None]
+    optimizer = nf.train.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(40):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.data))
+    assert losses[-1] < 0.5 * losses[0]
+    model.eval()
+    assert (model(tokens[:, :-1]).data == model(tokens[:, :-1]).data).all()
