@@ -5,6 +5,8 @@
 
 /* 12 sums, 2 of B and a broadcast. */
 enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
+/* A panel of B, 256 x 16 floats, is half of L1; 96 rows of A are a fifth of L2. */
+enum { NF_GEMM_DEPTH = 256, NF_GEMM_ROWS = 96 };
 
 #define NF_MASK8(n) ((__m256i)((vi32){0, 1, 2, 3, 4, 5, 6, 7} < (int32_t)(n)))
 #define NF_MASK4(n) ((__m256i)((vi64){0, 1, 2, 3} < (int64_t)(n)))

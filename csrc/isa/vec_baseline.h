@@ -11,6 +11,8 @@
 
 /* 12 sums of 16 registers. */
 enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
+/* A panel of B, 256 x 8 floats, is a quarter of L1. */
+enum { NF_GEMM_DEPTH = 256, NF_GEMM_ROWS = 96 };
 
 NF_INLINE vf32
 nf_loadn_f32(const float *p, size_t n)

@@ -131,16 +131,25 @@ typedef struct {
     ptrdiff_t residual_row;
 } nf_gemm;
 
-/* C[m0:m1, n0:n1] */
-typedef void nf_gemm_task(const nf_gemm *p, size_t m0, size_t m1, size_t n0, size_t n1,
-                          void *scratch);
+/* Columns first .. first + width - 1 of B as panels; width is padded to whole tiles. */
+typedef struct {
+    void *data;
+    size_t first, width;
+} nf_gemm_panels;
 
 typedef struct {
-    size_t rows, columns;     /* of a register tile: where a task may be cut */
-    size_t block_columns;     /* of a task, at most */
-    size_t few_rows, scratch; /* bytes */
-    nf_gemm_task *block;      /* any rows */
-    nf_gemm_task *few;        /* rows 0 .. m1 <= few_rows, any columns; needs no scratch */
+    size_t rows, columns; /* of a register tile: where a task may be cut */
+    size_t block_rows;    /* of a task at most, a multiple of rows */
+    size_t itemsize;
+    size_t scratch; /* bytes that a block needs */
+    /* Few rows, where few_fits, and nothing is packed: columns n0 .. n1 - 1. */
+    int (*few_fits)(const nf_gemm *p);
+    void (*few)(const nf_gemm *p, size_t n0, size_t n1);
+    /* Columns n0 .. n1 - 1 of B to `packed`. */
+    void (*pack)(const nf_gemm *p, const nf_gemm_panels *packed, size_t n0, size_t n1);
+    /* C[m0:m1, n0:n1]; `packed` NULL: it packs B for itself. */
+    void (*block)(const nf_gemm *p, const nf_gemm_panels *packed, size_t m0, size_t m1,
+                  size_t n0, size_t n1, void *scratch);
 } nf_gemm_kernels;
 
 #define NF_KERNELS_gemm(K) K(gemm, const nf_gemm_kernels)

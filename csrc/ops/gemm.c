@@ -1,29 +1,39 @@
-/* The plan of matrix products: cut a list of them into tasks.
+/* The plan of matrix products: a list of them is cut into tasks, which run on threads.
 
-   A task is a block of one C of at most ROWS x block_columns. ROWS is how often a packed element of
-   B is used, and hides the packing. A product of few rows has nothing to hide: its tasks are
-   narrow, and packed is nothing. The tasks are the same for every number of threads. */
+   A product of many rows has its B packed first, by all threads, each panel once; then a task is
+   a block of rows, which packs its own A and goes through all panels as they stream in from L3.
+   A product whose rows are one block is cut by columns, and each task packs the panels it needs,
+   in L1. Few rows pack nothing. All products of a list share these two passes. The tasks are the
+   same for every number of threads. */
 #include "ops/gemm.h"
 
 #include "core/pool.h"
 #include "core/threads.h"
 
 enum {
-    ROWS = 1024,
-    FEW_BYTES = 1 << 16, /* of B to a task of few rows */
-    ENOUGH_TASKS = 8,    /* so that two to four threads end at about one time */
+    ENOUGH_TASKS = 16,   /* so that two to four threads end at about one time */
+    COLUMNS = 512,       /* an element of A is packed once for so many columns, */
+    NARROW = 64,         /* or so many where A is little */
+    PACK_COLUMNS = 64,   /* of a task that packs */
+    FEW_BYTES = 1 << 17, /* of B to a task of few rows */
+    PACKED_BYTES = 64
+        << 20 /* held at once: above, a list goes in waves, a product in pieces */
 };
 
+/* Columns n0 .. n1 - 1 of a product. */
 typedef struct {
-    size_t first; /* number of the product's first task */
-    size_t row_parts, column_parts, column_unit;
-    nf_gemm_task *run;
-} cut;
+    const nf_gemm *p;
+    size_t n0, n1;
+    size_t first, first_pack; /* numbers of its first tasks */
+    size_t row_parts, column_parts, pack_parts;
+    nf_gemm_panels panels;
+    int few;
+} piece;
 
 typedef struct {
-    const nf_gemm *products;
-    const cut *cuts;
-    size_t count, row_unit;
+    const nf_gemm_kernels *kernels;
+    const piece *pieces;
+    size_t count;
 } gemm_work;
 
 static inline size_t
@@ -32,77 +42,196 @@ parts(size_t n, size_t most)
     return (n + most - 1) / most;
 }
 
+static inline size_t
+least(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+static inline size_t
+greatest(size_t a, size_t b)
+{
+    return a > b ? a : b;
+}
+
 /* Where part i of `count` begins, on a multiple of `unit`. */
 static inline size_t
 boundary(size_t n, size_t unit, size_t i, size_t count)
 {
-    const size_t at = parts(n, unit) * i / count * unit;
-    return at < n ? at : n;
+    return least(n, parts(n, unit) * i / count * unit);
 }
 
-static cut
-cut_product(const nf_gemm *p, const nf_gemm_kernels *kernels, size_t products)
+/* ---- tasks ---- */
+
+/* The piece of a task: the last that begins at or before it. */
+static const piece *
+piece_of(const gemm_work *w, size_t index, int packing)
 {
-    if (p->m <= kernels->few_rows) {
-        const size_t columns = FEW_BYTES / (4 * (p->k + 1)) + kernels->columns;
-        return (cut){.row_parts = p->m > 0,
-                     .column_parts = parts(p->n, columns),
-                     .column_unit = kernels->columns,
-                     .run = kernels->few};
+    size_t low = 0, high = w->count;
+    while (high - low > 1) {
+        const size_t middle = (low + high) / 2;
+        const piece *const c = &w->pieces[middle];
+        *((packing ? c->first_pack : c->first) <= index ? &low : &high) = middle;
     }
-    cut c = {.row_parts = parts(p->m, ROWS),
-             .column_parts = parts(p->n, kernels->block_columns),
-             .column_unit = kernels->columns,
-             .run = kernels->block};
-    while (products * c.row_parts * c.column_parts < ENOUGH_TASKS
-           && p->m / c.row_parts > 8 * kernels->rows) {
-        c.row_parts++;
+    return &w->pieces[low];
+}
+
+static void
+pack(size_t index, void *pointer, void *scratch)
+{
+    (void)scratch;
+    const gemm_work *const w = pointer;
+    const piece *const c = piece_of(w, index, 1);
+    const size_t n0 = c->n0 + (index - c->first_pack) * PACK_COLUMNS;
+    w->kernels->pack(c->p, &c->panels, n0, least(n0 + PACK_COLUMNS, c->n1));
+}
+
+static void
+multiply(size_t index, void *pointer, void *scratch)
+{
+    const gemm_work *const w = pointer;
+    const nf_gemm_kernels *const kernels = w->kernels;
+    const piece *const c = piece_of(w, index, 0);
+    const size_t task = index - c->first, n = c->n1 - c->n0;
+    const size_t row = task % c->row_parts, column = task / c->row_parts;
+    const size_t n0 = c->n0 + boundary(n, kernels->columns, column, c->column_parts);
+    const size_t n1 = c->n0 + boundary(n, kernels->columns, column + 1, c->column_parts);
+    if (c->few) {
+        kernels->few(c->p, n0, n1);
+        return;
+    }
+    kernels->block(c->p, c->pack_parts > 0 ? &c->panels : NULL,
+                   boundary(c->p->m, kernels->rows, row, c->row_parts),
+                   boundary(c->p->m, kernels->rows, row + 1, c->row_parts), n0, n1,
+                   scratch);
+}
+
+/* ---- the cut ---- */
+
+static int
+is_packed(const nf_gemm_kernels *kernels, const nf_gemm *p)
+{
+    return p->m > kernels->block_rows && !kernels->few_fits(p);
+}
+
+static size_t
+packed_bytes(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n)
+{
+    return is_packed(kernels, p)
+               ? parts(n, kernels->columns) * kernels->columns * p->k * kernels->itemsize
+               : 0;
+}
+
+static piece
+cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size_t products)
+{
+    const size_t n = n1 - n0, wanted = parts(ENOUGH_TASKS, products);
+    piece c = {.p = p, .n0 = n0, .n1 = n1, .row_parts = 1, .few = kernels->few_fits(p)};
+    if (c.few) {
+        const size_t bytes = n * (p->k + 1) * kernels->itemsize;
+        c.column_parts = least(parts(bytes, FEW_BYTES), parts(n, kernels->columns));
+    }
+    else if (is_packed(kernels, p)) {
+        c.row_parts = parts(p->m, kernels->block_rows);
+        c.column_parts = least(parts(wanted, c.row_parts), parts(n, COLUMNS));
+        c.pack_parts = parts(n, PACK_COLUMNS);
+        c.panels =
+            (nf_gemm_panels){NULL, n0, parts(n, kernels->columns) * kernels->columns};
+    }
+    else {
+        c.column_parts = least(wanted, parts(n, NARROW));
     }
     return c;
 }
 
-static void
-run_task(size_t index, void *pointer, void *scratch)
+/* About 16 multiply-adds a cycle, and reading or packing B. */
+static double
+cycles(const piece *c)
 {
-    const gemm_work *w = pointer;
-    size_t low = 0, high = w->count; /* cuts[low].first <= index < cuts[high].first */
-    while (high - low > 1) {
-        const size_t middle = (low + high) / 2;
-        *(w->cuts[middle].first <= index ? &low : &high) = middle;
+    return (double)(c->n1 - c->n0) * (double)c->p->k * ((double)c->p->m / 16 + 0.5);
+}
+
+/* Pieces whose packed B is held together. */
+static nf_status
+run_wave(const nf_gemm_kernels *kernels, piece *pieces, size_t count)
+{
+    gemm_work w = {kernels, pieces, count};
+    size_t tasks = 0, packs = 0, bytes = 0, scratch = 0;
+    double cost = 0;
+    for (size_t i = 0; i < count; i++) {
+        piece *const c = &pieces[i];
+        c->first = tasks;
+        c->first_pack = packs;
+        tasks += c->row_parts * c->column_parts;
+        packs += c->pack_parts;
+        bytes += packed_bytes(kernels, c->p, c->n1 - c->n0);
+        cost += cycles(c);
+        scratch = c->few ? scratch : kernels->scratch;
     }
-    const nf_gemm *const p = &w->products[low];
-    const cut *const c = &w->cuts[low];
-    const size_t task = index - c->first;
-    const size_t row = task % c->row_parts, column = task / c->row_parts;
-    c->run(p, boundary(p->m, w->row_unit, row, c->row_parts),
-           boundary(p->m, w->row_unit, row + 1, c->row_parts),
-           boundary(p->n, c->column_unit, column, c->column_parts),
-           boundary(p->n, c->column_unit, column + 1, c->column_parts), scratch);
+    if (packs == 0) {
+        return nf_parallel(tasks, cost, scratch, multiply, &w);
+    }
+    char *const packed = nf_pool_allocate(bytes);
+    if (packed == NULL) {
+        return NF_NO_MEMORY;
+    }
+    size_t at = 0;
+    for (size_t i = 0; i < count; i++) {
+        pieces[i].panels.data = packed + at;
+        at += packed_bytes(kernels, pieces[i].p, pieces[i].n1 - pieces[i].n0);
+    }
+    nf_status status = nf_parallel(packs, (double)bytes / 4, 0, pack, &w);
+    if (status == NF_OK) {
+        status = nf_parallel(tasks, cost, scratch, multiply, &w);
+    }
+    nf_pool_free(packed);
+    return status;
+}
+
+static size_t
+pieces_of(const nf_gemm_kernels *kernels, const nf_gemm *p)
+{
+    return p->m == 0 || p->n == 0
+               ? 0
+               : greatest(1, parts(packed_bytes(kernels, p, p->n), PACKED_BYTES));
 }
 
 nf_status
 nf_products(const nf_gemm_kernels *kernels, const nf_gemm *products, size_t count)
 {
-    cut one;
-    cut *const cuts = count <= 1 ? &one : nf_pool_allocate(count * sizeof *cuts);
-    if (cuts == NULL) {
-        return NF_NO_MEMORY;
-    }
-    size_t tasks = 0, scratch = 0;
-    double cost = 0;
+    enum { ON_STACK = 4 };
+    piece few_pieces[ON_STACK], *pieces = few_pieces;
+    size_t total = 0;
     for (size_t i = 0; i < count; i++) {
-        const nf_gemm *const p = &products[i];
-        cuts[i] = cut_product(p, kernels, count);
-        cuts[i].first = tasks;
-        tasks += cuts[i].row_parts * cuts[i].column_parts;
-        scratch = cuts[i].run == kernels->block ? kernels->scratch : scratch;
-        /* 16 multiply-adds a cycle, and reading or packing B */
-        cost += (double)p->n * (double)p->k * ((double)p->m / 16 + 0.5);
+        total += pieces_of(kernels, &products[i]);
     }
-    gemm_work w = {products, cuts, count, kernels->rows};
-    const nf_status status = nf_parallel(tasks, cost, scratch, run_task, &w);
-    if (cuts != &one) {
-        nf_pool_free(cuts);
+    if (total > ON_STACK) {
+        pieces = nf_pool_allocate(total * sizeof *pieces);
+        if (pieces == NULL) {
+            return NF_NO_MEMORY;
+        }
+    }
+    for (size_t i = 0, at = 0; i < count; i++) {
+        const nf_gemm *const p = &products[i];
+        const size_t number = pieces_of(kernels, p);
+        for (size_t j = 0; j < number; j++) {
+            pieces[at++] = cut(kernels, p, boundary(p->n, kernels->columns, j, number),
+                               boundary(p->n, kernels->columns, j + 1, number), count);
+        }
+    }
+    nf_status status = NF_OK;
+    for (size_t begin = 0, end; begin < total && status == NF_OK; begin = end) {
+        size_t bytes = 0;
+        for (end = begin; end < total; end++) {
+            bytes += packed_bytes(kernels, pieces[end].p, pieces[end].n1 - pieces[end].n0);
+            if (end > begin && bytes > PACKED_BYTES) {
+                break;
+            }
+        }
+        status = run_wave(kernels, pieces + begin, end - begin);
+    }
+    if (pieces != few_pieces) {
+        nf_pool_free(pieces);
     }
     return status;
 }
