@@ -14,6 +14,8 @@
 #undef _mm512_fmsub_pd
 #undef _mm512_scalef_ps
 #undef _mm512_scalef_pd
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps(a)                nf_emulate_half(a)
 #define _mm512_madd_epi16(a, b)           simde_mm512_madd_epi16(a, b) /* misspelt there */
 #define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
 #define _mm512_fmadd_pd(a, b, c)          nf_emulate_fma_f64(a, b, c)
@@ -25,6 +27,17 @@
 #define _mm512_maskz_loadu_pd(mask, p)    ((__m512d)nf_emulate_load(p, 8, mask))
 #define _mm512_mask_storeu_ps(p, mask, v) nf_emulate_store(p, 4, mask, (vi32)(v))
 #define _mm512_mask_storeu_pd(p, mask, v) nf_emulate_store(p, 8, mask, (vi32)(v))
+
+NF_INLINE __m512
+nf_emulate_half(__m256i a)
+{
+    union {
+        __m256 half[2];
+        __m512 whole;
+    } v = {{_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
+            _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
+    return v.whole;
+}
 
 NF_INLINE __m512
 nf_emulate_fma_f32(__m512 a, __m512 b, __m512 c)

@@ -128,6 +128,22 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return (vf64)_mm256_insertf128_pd(low, _mm_loadu_pd(p + step), 1);
 }
 
+NF_INLINE vf32
+nf_load_half(const uint16_t *p)
+{
+    return (vf32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+NF_INLINE void
+nf_store_low_bytes(void *p, vi32 v)
+{
+    const __m256i low = _mm256_set1_epi32(0x0c080400);
+    const __m256i bytes = _mm256_shuffle_epi8((__m256i)v, low); /* in both halves */
+    const __m128i pair = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes),
+                                            _mm256_extracti128_si256(bytes, 1));
+    _mm_storel_epi64(p, pair);
+}
+
 #define NF_HAS_DOT 0
 
 NF_INLINE vi16

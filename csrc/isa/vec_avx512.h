@@ -146,6 +146,18 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return (vf64)_mm512_mask_broadcast_f64x2(v, 0xc0, _mm_loadu_pd(p + 3 * step));
 }
 
+NF_INLINE vf32
+nf_load_half(const uint16_t *p)
+{
+    return (vf32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+
+NF_INLINE void
+nf_store_low_bytes(void *p, vi32 v)
+{
+    _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v));
+}
+
 #ifdef NF_VNNI
 #define NF_HAS_DOT 1
 

@@ -147,6 +147,22 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return *(const vf64 *)p;
 }
 
+/* Their bits moved to float32's place, times 2^(127 - 15): exact, subnormal numbers too. */
+NF_INLINE vf32
+nf_load_half(const uint16_t *p)
+{
+    const vu32 bits = {p[0], p[1], p[2], p[3]};
+    const vf32 size = (vf32)((bits & 0x7fff) << 13) * 0x1p112f;
+    return (vf32)((vu32)size | (bits & 0x8000) << 16);
+}
+
+NF_INLINE void
+nf_store_low_bytes(void *p, vi32 v)
+{
+    const uint8_t bytes[4] = {(uint8_t)v[0], (uint8_t)v[1], (uint8_t)v[2], (uint8_t)v[3]};
+    memcpy(p, bytes, sizeof bytes);
+}
+
 #define NF_HAS_DOT 0
 
 NF_INLINE vi16

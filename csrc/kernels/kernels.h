@@ -290,10 +290,10 @@ typedef struct {
     size_t group, groups; /* the last group may be shorter */
     size_t step, depth;   /* a group's length in the layout, and that of all of K */
     size_t panels;
-    int bits, half;      /* half: scales are float16, else float32 */
-    const uint8_t *u;    /* (panels, depth * bits / 8, NF_QUANT_PANEL) */
-    const void *scale;   /* (panels, groups, NF_QUANT_PANEL) */
-    const uint8_t *zero; /* the same shape; NULL: all 1 << (bits - 1) */
+    int bits, half;       /* half: scales are float16, else float32 */
+    const uint8_t *u;     /* (panels, depth * bits / 8, NF_QUANT_PANEL) */
+    const void *scale;    /* (panels, groups, NF_QUANT_PANEL) */
+    const uint16_t *zero; /* the same shape; NULL: all 1 << (bits - 1) */
 } nf_quant_weights;
 
 /* Rows of bytes, or of activations x = scale q with q in [-127, 127]. */
@@ -316,9 +316,10 @@ typedef struct {
 } nf_quant_tile;
 
 typedef struct {
-    size_t rows, panels; /* of the largest tile */
-    size_t float_rows;   /* of the largest tile of floats */
-    size_t width[2];     /* bytes of a q that meets weights of 4 bits, and of 8 */
+    size_t rows;       /* of the largest tile */
+    size_t panels[6];  /* of a tile of 1, 2, ... rows, at most */
+    size_t float_rows; /* of the largest tile of floats */
+    size_t width[2];   /* bytes of a q that meets weights of 4 bits, and of 8 */
     /* Row `row` of x: from floats, and from bytes as they are. */
     void (*quantize)(const nf_quant_weights *w, const float *in, const nf_quant_rows *x,
                      size_t row);

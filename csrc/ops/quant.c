@@ -112,22 +112,17 @@ pack(nf_quant_weights *w, const uint8_t *u, uint8_t flip, uint8_t *out)
     return nf_parallel(w->panels, 2.0 * (double)w->n * (double)w->k, 0, pack_panel, &job);
 }
 
-/* (N, groups) of `size` bytes each to (panels, groups, PANEL). */
+/* (N, groups) of `size` bytes each to (panels, groups, PANEL) of `to_size`, zero-extended. */
 static void
-pack_groups(const nf_quant_weights *w, const char *from, size_t size, char *to)
+pack_groups(const nf_quant_weights *w, const char *from, size_t size, char *to,
+            size_t to_size)
 {
-    for (size_t n = 0; n < w->panels * NF_QUANT_PANEL; n++) {
+    memset(to, 0, w->panels * w->groups * NF_QUANT_PANEL * to_size);
+    for (size_t n = 0; n < w->n; n++) {
         for (size_t g = 0; g < w->groups; g++) {
-            char *const place = to
-                                + (n / NF_QUANT_PANEL * w->groups * NF_QUANT_PANEL
-                                   + g * NF_QUANT_PANEL + n % NF_QUANT_PANEL)
-                                      * size;
-            if (n < w->n) {
-                memcpy(place, from + (n * w->groups + g) * size, size);
-            }
-            else {
-                memset(place, 0, size);
-            }
+            const size_t at =
+                (n / NF_QUANT_PANEL * w->groups + g) * NF_QUANT_PANEL + n % NF_QUANT_PANEL;
+            memcpy(to + at * to_size, from + (n * w->groups + g) * size, size);
         }
     }
 }
@@ -143,17 +138,17 @@ nf_quant_pack(const uint8_t *u, const void *scale, const uint8_t *zero, size_t n
     const size_t bytes =
         round_up(shape.panels * NF_QUANT_PANEL * shape.depth * (size_t)bits / 8, ROUND);
     const size_t scales = round_up(cells * size, ROUND);
-    char *const block = nf_pool_allocate(head + bytes + scales + (zero ? cells : 0));
+    char *const block = nf_pool_allocate(head + bytes + scales + (zero ? 2 * cells : 0));
     if (block == NULL) {
         return NULL;
     }
     nf_quant_weights *const w = (nf_quant_weights *)block;
     *w = shape;
-    pack_groups(w, scale, size, block + head + bytes);
+    pack_groups(w, scale, size, block + head + bytes, size);
     w->scale = block + head + bytes;
     if (zero != NULL) {
-        pack_groups(w, (const char *)zero, 1, block + head + bytes + scales);
-        w->zero = (const uint8_t *)block + head + bytes + scales;
+        pack_groups(w, (const char *)zero, 1, block + head + bytes + scales, 2);
+        w->zero = (const uint16_t *)(block + head + bytes + scales);
     }
     if (pack(w, u, 0, (uint8_t *)block + head) != NF_OK) {
         nf_pool_free(block);
@@ -222,12 +217,13 @@ multiply_task(size_t index, void *pointer, void *scratch)
     const size_t row = cut(p->rows, p->runs, index / p->strips, &rows);
     const size_t panel = cut(p->w->panels, p->strips, index % p->strips, &panels);
     const size_t tiles = blocks_of(rows, kernels->rows);
-    for (size_t j = 0; j < panels; j += kernels->panels) {
+    const size_t step = kernels->panels[blocks_of(rows, tiles) - 1];
+    for (size_t j = 0; j < panels; j += step) {
         for (size_t i = 0; i < tiles; i++) {
             nf_quant_tile tile = {.w = p->w,
                                   .x = &p->x,
                                   .panel = panel + j,
-                                  .panels = least(kernels->panels, panels - j),
+                                  .panels = least(step, panels - j),
                                   .bias = p->bias,
                                   .y = p->y,
                                   .integers = p->integers};
@@ -279,7 +275,7 @@ cut_product(product *p)
     const size_t most =
         p->rows <= nf_kernels.quant->rows ? STREAM / panel_bytes + 1 : STRIP;
     p->runs = blocks_of(p->rows, RUN);
-    p->strips = blocks_of(w->panels, round_up(most, nf_kernels.quant->panels));
+    p->strips = blocks_of(w->panels, round_up(most, 4));
 }
 
 /* About 16 products a cycle. */
