@@ -26,9 +26,7 @@ def test_a_heads_score_is_the_slope_of_each_rows_loss_when_its_output_shrinks(op
 
 
 def test_scores_have_norm_one_in_each_layer_and_the_model_stays_as_it_was():
-    model = gpt(n_expert=4).train()
-    for block in model.blocks:
-        block.drop.p = 0.1
+    model = gpt(n_expert=4, dropout=0.1).train()
     model.loss(*batches()[0]).backward()
     gradients = [p.grad.copy() for p in model.parameters()]
     values = [p.data.copy() for p in model.parameters()]

@@ -1,10 +1,12 @@
 """Models as folders in the layout of Hugging Face: config.json and model.safetensors."""
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 
 from numformer.files import replace_file
+from numformer.quant.weight import QuantizedWeight, QuantSpec
 
 __all__ = ["Pretrained", "load", "read_safetensors", "write_safetensors"]
 
@@ -66,6 +68,22 @@ def load(folder):
     return _models[kind].from_pretrained(folder)
 
 
+def _quantized(config, arrays):
+    """The QuantizedWeights that a quantization_config names."""
+    try:
+        if config["quant_method"] != "numformer":
+            raise ValueError(f"quant_method {config['quant_method']!r} is not known; known is 'numformer'")
+        specs = {name: QuantSpec(**group["spec"]) for group in config["groups"] for name in group["weights"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"quantization_config is broken: {error}") from None
+    parts = ("data", "scales", "zeros", "shape")
+    weights = {}
+    for name, spec in specs.items():
+        own = {part: arrays[f"{name}.{part}"] for part in parts if f"{name}.{part}" in arrays}
+        weights[name] = QuantizedWeight.from_arrays(own, spec)
+    return weights
+
+
 class Pretrained:
     """Saving and loading for a Module with ``config``, ``config_class``, ``model_type`` and ``config_dict()``."""
 
@@ -74,10 +92,19 @@ class Pretrained:
         _models[cls.model_type] = cls
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors; each is there whole or not at all."""
+        """Write config.json and model.safetensors; each is there whole or not at all.
+
+        Quantized weights are saved as their integers, scales and zeros, and "quantization_config" names them.
+        """
         folder = Path(folder)
         write_safetensors(folder / "model.safetensors", self.state_dict())
         config = {"model_type": self.model_type, **self.config_dict()}
+        groups = {}
+        for name, weight in self.named_quantized():
+            groups.setdefault(weight.spec, []).append(name)
+        if groups:
+            config["quantization_config"] = {"quant_method": "numformer", "groups": [
+                {"spec": dataclasses.asdict(spec), "weights": names} for spec, names in groups.items()]}
         replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -85,6 +112,7 @@ class Pretrained:
         """Open what :meth:`save_pretrained` wrote, in evaluation mode. Errors as :func:`load`."""
         options = _read_config(folder)
         kind = options.pop("model_type")
+        quantization = options.pop("quantization_config", None)
         if kind != cls.model_type:
             raise ValueError(f"{folder} holds a {kind!r}, not a {cls.model_type!r}")
         path = Path(folder) / "model.safetensors"
@@ -95,7 +123,10 @@ class Pretrained:
         except TypeError as error:
             raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
         try:
-            model.load_state_dict(read_safetensors(path))
+            arrays = read_safetensors(path)
+            if quantization is not None:
+                model.set_quantized(_quantized(quantization, arrays))
+            model.load_state_dict(arrays)
         except ValueError as error:
             raise ValueError(f"{path} does not fit config.json: {error}") from None
         return model.eval()

@@ -33,8 +33,10 @@ class MLP(Module):
         self.down_bias = init.constant(0, n_embd, dtype=dtype) if bias else None
 
     def __call__(self, x, residual=None):
+        return project(self.inner(x), self.down, self.down_bias, residual=residual)
+
+    def inner(self, x):
+        """What `down` is given."""
         if self.activation == "swiglu":
-            y = swiglu_halves(project(x, self.up, self.up_bias))
-        else:
-            y = project(x, self.up, self.up_bias, self.activation)
-        return project(y, self.down, self.down_bias, residual=residual)
+            return swiglu_halves(project(x, self.up, self.up_bias))
+        return project(x, self.up, self.up_bias, self.activation)

@@ -1,12 +1,14 @@
 """Module: a tree of named parameters.
 
-A Tensor in an attribute is a parameter; a Module in an attribute, or in a list or tuple there, is a part. Anything
+A Tensor in an attribute is a parameter; a Module in an attribute, or in a list or tuple there, is a part. A
+QuantizedWeight in an attribute, or in a list there, is no parameter (nothing trains it), but saved with them. Anything
 else (numbers, ndarrays of constants, generators) belongs to the module alone and is not saved.
 """
 import copy
 
 import numpy as np
 
+from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor
 
 __all__ = ["Module"]
@@ -28,6 +30,54 @@ class Module:
     def parameters(self):
         """The parameters as a list of Tensors."""
         return [parameter for _, parameter in self.named_parameters()]
+
+    def named_quantized(self):
+        """Yield (name, QuantizedWeight), names as ``"blocks.0.attention.qkv"`` or ``"blocks.0.mlp.up.3"`` in a list."""
+        for name, value in vars(self).items():
+            for key, item in _items(name, value):
+                if type(item) is QuantizedWeight:
+                    yield key, item
+        for name, part in self._parts():
+            for key, item in part.named_quantized():
+                yield f"{name}.{key}", item
+
+    def set_quantized(self, weights):
+        """Put QuantizedWeights, by the names of :meth:`named_quantized`, in the place of what is there.
+
+        Raises
+        ------
+        ValueError
+            For a name where no weight is, another shape, or a list that is not whole; nothing is changed then.
+        """
+        places, new = dict(self._weights("")), {}       # name -> (module, attribute, shape)
+        for name, weight in weights.items():
+            whole, _, index = name.rpartition(".")
+            if name in places and len(places[name][2]) == 2:
+                new[name] = weight
+            elif index.isdecimal() and whole in places and len(places[whole][2]) == 3:
+                new.setdefault(whole, {})[int(index)] = weight
+                name = whole
+            else:
+                raise ValueError(f"set_quantized: there is no weight {name}")
+            if weight.shape != places[name][2][-2:]:
+                raise ValueError(f"set_quantized: {name} must have shape {places[name][2][-2:]}, got {weight.shape}")
+        for name, weight in new.items():
+            if isinstance(weight, dict):
+                count = places[name][2][0]
+                if sorted(weight) != list(range(count)):
+                    raise ValueError(f"set_quantized: {name} has {count} experts, got weights for {sorted(weight)}")
+                new[name] = [weight[e] for e in range(count)]
+        for name, weight in new.items():
+            setattr(*places[name][:2], weight)
+
+    def _weights(self, prefix):
+        for name, value in vars(self).items():
+            if type(value) in (Tensor, QuantizedWeight):
+                yield prefix + name, (self, name, value.shape)
+            elif isinstance(value, list) and value and type(value[0]) is QuantizedWeight:
+                yield prefix + name, (self, name, (len(value), *value[0].shape))
+        for name, part in self._parts():
+            yield from part._weights(f"{prefix}{name}.")
 
     def modules(self):
         """Yield this module and every module in it."""
@@ -52,8 +102,11 @@ class Module:
             yield from part._walk(f"{prefix}{name}.")
 
     def state_dict(self):
-        """The parameters' values by name: the arrays themselves, no copies."""
-        return {name: parameter.data for name, parameter in self.named_parameters()}
+        """The parameters' values by name, and the arrays of quantized weights: the arrays themselves, no copies."""
+        arrays = {name: parameter.data for name, parameter in self.named_parameters()}
+        for name, weight in self.named_quantized():
+            arrays |= {f"{name}.{part}": array for part, array in weight.arrays().items()}
+        return arrays
 
     def load_state_dict(self, arrays):
         """Copy `arrays` (by name) into the parameters; nothing is changed unless all fit.
@@ -63,14 +116,17 @@ class Module:
         ValueError
             Names that are missing or unexpected, and shapes that differ, all in one message.
         """
-        own = dict(self.named_parameters())
-        wrong = [f"missing {name}" for name in own if name not in arrays]
-        wrong += [f"unexpected {name}" for name in arrays if name not in own]
-        wrong += [f"{name} must have shape {own[name].shape}, got {np.shape(arrays[name])}"
-                  for name in own if name in arrays and np.shape(arrays[name]) != own[name].shape]
+        own, state = dict(self.named_parameters()), self.state_dict()
+        wrong = [f"missing {name}" for name in state if name not in arrays]
+        wrong += [f"unexpected {name}" for name in arrays if name not in state]
+        wrong += [f"{name} must have shape {state[name].shape}, got {np.shape(arrays[name])}"
+                  for name in state if name in arrays and np.shape(arrays[name]) != state[name].shape]
         if wrong:
             more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise ValueError(f"load_state_dict: {'; '.join(wrong[:8])}{more}")
+        self.set_quantized({name: QuantizedWeight.from_arrays({part: arrays[f"{name}.{part}"]
+                                                               for part in weight.arrays()}, weight.spec)
+                            for name, weight in self.named_quantized()})
         for name, parameter in own.items():
             np.copyto(parameter.data, arrays[name], casting="same_kind")
 
@@ -89,23 +145,31 @@ class Module:
 
         It takes arrays and gives arrays, and nothing on the way is wrapped or recorded: for decoding.
         """
-        return _as_arrays(self)
+        return _copied(self, lambda tensor: tensor.data).eval()
+
+    def shared(self):
+        """A module of the same parts and parameters: what is set in it is not set here, the parameters are the same."""
+        return _copied(self, lambda tensor: tensor)
 
     def __repr__(self):
         count = sum(p.size for p in self.parameters())
         return f"{type(self).__name__}({count} parameters)"
 
 
-def _as_arrays(value):
+def _copied(value, leaf):
+    """`value` with the modules and lists in it copied, and ``leaf(tensor)`` for every Tensor."""
     if type(value) is Tensor:
-        return value.data
+        return leaf(value)
     if isinstance(value, Module):
         twin = copy.copy(value)
         for name, attribute in vars(value).items():
             if isinstance(attribute, (Tensor, Module, list, tuple)):
-                setattr(twin, name, _as_arrays(attribute))
-        twin.training = False
+                setattr(twin, name, _copied(attribute, leaf))
         return twin
     if type(value) in (list, tuple):
-        return type(value)([_as_arrays(item) for item in value])
+        return type(value)([_copied(item, leaf) for item in value])
     return value
+
+
+def _items(name, value):
+    return [(f"{name}.{i}", item) for i, item in enumerate(value)] if isinstance(value, list) else [(name, value)]
