@@ -1,0 +1,191 @@
+import numpy as np
+import pytest
+
+import numformer as nf
+from tests.gradients import slope
+from tests.models import reference
+
+SHAPES = {
+    "dense": {}, "experts": {"n_expert": 4}, "grouped": {"n_kv_head": 1},
+    "learned": {"position": "learned", "norm": "layer", "bias": True, "activation": "gelu"},
+    "gpt2": {"position": "learned", "init": "gpt2", "norm": "layer", "activation": "gelu_tanh", "tie_embedding": False},
+    "pruned": {"layer_heads": [[2, 2], [1, 1]]},
+}
+every_shape = pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
+
+
+def gpt(seed=0, **options):
+    shape = {"vocab_size": 30, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 16} | options
+    model = nf.models.GPT(nf.models.GPTConfig(**shape), rng=np.random.default_rng(seed))
+    rng = np.random.default_rng([seed, 1])
+    for parameter in model.parameters():        # biases and norms that a test could miss
+        if parameter.ndim == 1:
+            parameter.data += rng.standard_normal(parameter.shape).astype(parameter.dtype) * 0.1
+    return model
+
+
+def tokens(rows=2, length=9, seed=3, vocab=30):
+    return np.random.default_rng(seed).integers(0, vocab, (rows, length))
+
+
+@every_shape
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-10)])
+def test_logits_and_gradients_are_those_of_an_independent_torch_model(options, dtype, tolerance):
+    torch = pytest.importorskip("torch")
+    model, ids = gpt(dtype=dtype, load_balancing=0.0, **options), tokens(length=10)
+    expected, leaves = reference.logits(torch, model, ids[:, :-1])
+    np.testing.assert_allclose(model(ids[:, :-1]).data, expected.detach().numpy(), rtol=0, atol=tolerance)
+    loss = torch.nn.functional.cross_entropy(expected.reshape(-1, 30), torch.as_tensor(ids[:, 1:].reshape(-1)))
+    loss.backward()
+    ours = model.loss(ids[:, :-1], ids[:, 1:])
+    ours.backward()
+    np.testing.assert_allclose(ours.item(), loss.item(), atol=tolerance)
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.grad, leaves[name].grad.numpy(), rtol=0, atol=tolerance, err_msg=name)
+
+
+@every_shape
+def test_the_loss_falls_as_every_kind_of_parameters_gradient_says(options):
+    shape = {"vocab_size": 5, "block_size": 4, "n_head": 2, "n_embd": 4, "n_inner": 4} | options
+    model, ids = gpt(dtype="float64", **shape), tokens(1, 4, vocab=5)
+    model.loss(ids[:, :-1], ids[:, 1:]).backward()
+    twin = model.as_arrays()
+    for name, parameter in model.named_parameters():
+        expected = slope(lambda: np.asarray(twin.loss(ids[:, :-1], ids[:, 1:])), parameter.data, np.ones(()))
+        np.testing.assert_allclose(parameter.grad, expected, rtol=1e-5, atol=1e-8, err_msg=name)
+
+
+@every_shape
+def test_no_token_sees_what_comes_after_it(options):
+    model, ids = gpt(**options), tokens()
+    before = model(ids).data
+    ids[:, 6:] = (ids[:, 6:] + 1) % 30
+    np.testing.assert_array_equal(model(ids).data[:, :6], before[:, :6])
+    assert not np.array_equal(model(ids).data[:, 6], before[:, 6])
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_cached_logits_have_the_bits_of_the_full_forward(options, dtype):
+    model, ids = gpt(dtype=dtype, **options).as_arrays(), tokens(3, 12)
+    full = model(ids)
+    cache = nf.nn.KVCache([block.attention for block in model.blocks], 3, 12, np.dtype(dtype))
+    begin = 0
+    for end in (5, 6, 7, 11, 12):
+        logits = nf.linear(model.hidden(ids[:, begin:end], cache), model.output_weight)
+        np.testing.assert_array_equal(logits, full[:, begin:end])
+        begin = end
+
+
+@every_shape
+def test_a_rows_bits_depend_on_no_other_row_and_not_on_the_threads(options, threads):
+    model, ids = gpt(n_embd=64, **options).as_arrays(), tokens(7, 13)
+    threads(1)
+    full = model(ids)
+    threads(2)
+    np.testing.assert_array_equal(model(ids), full)
+    for row in range(7):
+        np.testing.assert_array_equal(model(ids[row:row + 1]), full[row:row + 1])
+
+
+def test_recorded_and_unrecorded_logits_have_the_same_bits():
+    model, ids = gpt(n_expert=4).eval(), tokens()
+    recorded = model(ids)
+    with nf.no_grad():
+        plain = model(ids)
+    assert recorded.requires_grad and type(plain) is nf.Tensor and not plain.requires_grad
+    np.testing.assert_array_equal(plain.data, recorded.data)
+
+
+def test_expert_load_adds_up_to_one_in_each_layer_and_balance_joins_the_loss():
+    model, ids = gpt(n_expert=4, load_balancing=0.5), tokens(4, 12)
+    loss = model.loss(ids[:, :-1], ids[:, 1:]).item()
+    load = model.expert_load()
+    assert load.shape == (2, 4) and (load >= 0).all()
+    np.testing.assert_allclose(load.sum(1), 1)
+    np.testing.assert_allclose(loss, model.cross_entropy + 0.5 * model.balance, rtol=1e-6)
+    assert model.balance >= 0.99 and gpt().expert_load().size == 0
+
+
+def test_ignored_targets_change_nothing():
+    model, ids = gpt(dtype="float64"), tokens(2, 9)
+    targets = ids[:, 1:].copy()
+    targets[:, 5:] = -100
+    np.testing.assert_allclose(model.loss(ids[:, :-1], targets).item(), model.loss(ids[:, :5], ids[:, 1:6]).item())
+
+
+def test_residual_projections_are_small_as_the_init_says():
+    for init, std in (("gpt2", 0.02), ("xavier", np.sqrt(2 / 512))):
+        model = nf.models.GPT(nf.models.GPTConfig(1000, 8, 4, 4, 256, init=init), rng=np.random.default_rng(0))
+        out = model.blocks[0].attention.out.data
+        np.testing.assert_allclose(out.std(), std / np.sqrt(8), rtol=0.02)
+
+
+def test_checkpointed_blocks_give_the_same_bits_and_gradients_with_dropout_and_less_memory():
+    ids = tokens(8, 65)
+
+    def run(checkpointed):
+        model = gpt(n_embd=64, n_layer=6, block_size=64, dropout=0.1).train()
+        if checkpointed:
+            model.blocks = [_Checkpointed(block) for block in model.blocks]
+        nf.empty_cache()
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        held = nf.memory_stats()
+        loss.backward()
+        return loss.item(), [p.grad for p in model.parameters()], held
+
+    loss, gradients, held = run(False)
+    again, others, less = run(True)
+    assert loss == again
+    for a, b in zip(gradients, others):
+        np.testing.assert_array_equal(a, b)
+    assert less["in_use"] < held["in_use"] / 3
+
+
+class _Checkpointed(nf.nn.Module):
+    def __init__(self, block):
+        self.block, self.mlp = block, block.mlp
+
+    def __call__(self, x, *rest):
+        return nf.checkpoint(lambda x: self.block(x, *rest), x, rng=self.block.drop.rng)
+
+
+def test_training_with_dropout_is_reproducible():
+    def train(seed):
+        model, ids = gpt(5, dropout=0.2).train(), tokens(4, 12)
+        model.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+        optimizer = nf.train.AdamW(model.parameters(), 1e-2)
+        losses = []
+        for _ in range(5):
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+    first = train(1)
+    assert train(1) == first != train(2) and first[-1] < first[0]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"n_layer": 0}, "n_layer must be 1 or more, got 0"), ({"n_head": 3}, "multiple of n_head, got 16 and 3"),
+    ({"n_head": 16}, "even head size, got 1"), ({"position": "none"}, "position must be one of rotary, learned"),
+    ({"norm": "batch"}, "norm must be one of"), ({"init": "zeros"}, "init must be one of"),
+    ({"dtype": "float16"}, "dtype must be one of"), ({"activation": "relu"}, "activation must be one of"),
+    ({"n_expert": 2, "activation": "gelu"}, "experts are SwiGLU"), ({"n_expert": 1}, "top_k must be at most n_expert"),
+    ({"dropout": 1.0}, r"\[0, 1\)")])
+def test_a_shape_that_makes_no_model_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        gpt(**change)
+
+
+def test_tokens_that_do_not_fit_are_refused():
+    model = gpt()
+    with pytest.raises(TypeError, match="tokens must be integers, got float64"):
+        model(np.ones((1, 2)))
+    with pytest.raises(ValueError, match=r"shape \(B, S\), got \(3,\)"):
+        model(np.array([1, 2, 3]))
+    with pytest.raises(ValueError, match="17 positions are more than block_size 16"):
+        model(np.zeros((1, 17), int))
+    with pytest.raises((ValueError, IndexError), match="30"):
+        model(np.array([[30]]))
