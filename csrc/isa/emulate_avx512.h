@@ -15,6 +15,8 @@
 #undef _mm512_scalef_ps
 #undef _mm512_scalef_pd
 #undef _mm512_cvtph_ps
+#undef _mm512_cvtepi32_epi8
+#define _mm512_cvtepi32_epi8(v)           nf_emulate_low_bytes((vi32)(v))
 #define _mm512_cvtph_ps(a)                nf_emulate_half(a)
 #define _mm512_madd_epi16(a, b)           simde_mm512_madd_epi16(a, b) /* misspelt there */
 #define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
@@ -27,6 +29,16 @@
 #define _mm512_maskz_loadu_pd(mask, p)    ((__m512d)nf_emulate_load(p, 8, mask))
 #define _mm512_mask_storeu_ps(p, mask, v) nf_emulate_store(p, 4, mask, (vi32)(v))
 #define _mm512_mask_storeu_pd(p, mask, v) nf_emulate_store(p, 8, mask, (vi32)(v))
+
+NF_INLINE __m128i
+nf_emulate_low_bytes(vi32 v)
+{
+    uint8_t low[16];
+    for (int i = 0; i < 16; i++) {
+        low[i] = (uint8_t)v[i];
+    }
+    return _mm_loadu_si128((const __m128i *)low);
+}
 
 NF_INLINE __m512
 nf_emulate_half(__m256i a)
