@@ -103,8 +103,8 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_sm
                          reduction="mean"):
     """Return ``cross_entropy(linear(hidden, weight), targets)`` without ever holding all logits.
 
-    The logits of a chunk of rows (about 16 MB) are made, reduced to their losses and, where a gradient is wanted, turned
-    into both gradients at once: a training step makes every logit once. Rows to be ignored are not read at all.
+    The logits of a chunk of rows (about 16 MB) are made, reduced to their losses and, where a gradient is wanted,
+    turned into both gradients at once: a training step makes every logit once. Rows to be ignored are not read at all.
 
     Parameters
     ----------
