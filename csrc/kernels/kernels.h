@@ -173,7 +173,9 @@ typedef enum {
     NF_MASK_KEYS   /* (B, H, Sk): over queries */
 } nf_mask_gradient;
 
-/* One attention: `batch` sequences, each of them queries against keys of its own. Query i
+/* One attention: `batch` sequences, each of them queries against keys of its own. They lie in
+   the batch axis of the arrays; or packed, one behind the other along the row axis, the batch
+   strides 0; or keys and values lie in blocks anywhere, the batch axis counts blocks. Query i
    stands at position i + offset among its keys, where offset is 0 or leaves the last query
    beside the last key, and sees those from position - left to position + right that the
    mask leaves it. A score is scale q.k, then softcap tanh(score / softcap), then plus slope
@@ -181,7 +183,14 @@ typedef enum {
 typedef struct {
     ptrdiff_t batch, heads, kv_heads, dim, value_dim;
     ptrdiff_t queries, keys; /* of a sequence; of the longest */
-    int top_left;            /* offset 0 */
+    const int64_t *q_starts; /* (B + 1): packed, where each sequence begins; or NULL */
+    const int64_t *k_starts;
+    const int64_t *block_table; /* (B, table_width): the blocks of each sequence; or NULL */
+    ptrdiff_t table_width, block_size;
+    const ptrdiff_t
+        *q_blocks; /* (B + 1): blocks of queries before each sequence; or NULL */
+    const ptrdiff_t *k_blocks; /* where each has those of the longest */
+    int top_left;              /* offset 0 */
     ptrdiff_t left, right;
     double scale, softcap; /* softcap 0: none */
     nf_heads q, k, v, out;
@@ -197,16 +206,19 @@ typedef struct {
     uint64_t dropout_key;
     uint32_t dropout_threshold;
     double dropout_scale;
-    void *lse;   /* (B, H, Sq): the natural logarithm of the sum; or NULL */
-    void *stats; /* (B, H, Sq, 2): for the backward pass; or NULL */
+    /* (B, H, Sq), packed (H, Tq): row i of head h of sequence b at b * rows_batch +
+       h * rows_head + its row in the arrays; so are stats, dlse and dsinks */
+    ptrdiff_t rows_batch, rows_head;
+    void *lse;   /* the natural logarithm of the sum; or NULL */
+    void *stats; /* (rows, 2): for the backward pass; or NULL */
     /* of the backward pass alone */
     nf_heads dout, dq, dk, dv;
-    const void *dlse; /* (B, H, Sq) or NULL */
+    const void *dlse; /* or NULL */
     nf_mask_gradient mask_gradient;
     void *dmask; /* zeros */
     ptrdiff_t dmask_strides[4];
     void *dslopes;   /* (B, H, blocks of keys): the sum of each; or NULL */
-    void *dsinks;    /* (B, H, Sq): of each row; or NULL */
+    void *dsinks;    /* of each row; or NULL */
     void *workspace; /* 64-byte aligned */
 } nf_attention;
 
@@ -219,8 +231,9 @@ typedef struct {
     /* a task: one block of queries of one head */
     nf_attention_size *forward_scratch;
     nf_attention_task *forward;
-    /* the same for few queries, where decode_fits: a task is one KV head */
-    int (*decode_fits)(const nf_attention *p);
+    /* the same for sequences of at most decode_most queries: a task is one KV head. Where
+       sequences are packed, the tasks of each pass leave out what is the other's. */
+    ptrdiff_t (*decode_most)(const nf_attention *p);
     nf_attention_size *decode_scratch;
     nf_attention_task *decode;
     /* three passes over one workspace. Tasks of the second, a block of keys of a KV head,

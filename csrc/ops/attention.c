@@ -40,33 +40,90 @@ cycles(const nf_attention *p)
            * (double)(p->dim + p->value_dim + 16) / 16;
 }
 
-nf_status
-nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *p)
+/* (B + 1): blocks before each sequence; the last is the count of all. */
+static void
+count_blocks(const int64_t *starts, ptrdiff_t batch, ptrdiff_t block, ptrdiff_t *before)
 {
-    if (kernels->decode_fits(p)) {
-        return run(kernels->decode, p, p->batch * p->kv_heads, cycles(p),
-                   kernels->decode_scratch(p));
+    before[0] = 0;
+    for (ptrdiff_t b = 0; b < batch; b++) {
+        before[b + 1] =
+            before[b] + blocks_of((ptrdiff_t)(starts[b + 1] - starts[b]), block);
     }
-    const ptrdiff_t count =
-        p->batch * p->heads * blocks_of(p->queries, kernels->block_queries);
-    return run(kernels->forward, p, count, cycles(p), kernels->forward_scratch(p));
+}
+
+/* Counts the blocks of packed sequences, in memory that *blocks owns. */
+static nf_status
+lay_out(const nf_attention_kernels *kernels, nf_attention *p, ptrdiff_t **blocks)
+{
+    *blocks = NULL;
+    if (p->q_starts == NULL && p->k_starts == NULL) {
+        return NF_OK;
+    }
+    const size_t n = (size_t)p->batch + 1;
+    *blocks = nf_pool_allocate(2 * n * sizeof **blocks);
+    if (*blocks == NULL) {
+        return NF_NO_MEMORY;
+    }
+    if (p->q_starts) {
+        count_blocks(p->q_starts, p->batch, kernels->block_queries, *blocks);
+        p->q_blocks = *blocks;
+    }
+    if (p->k_starts) {
+        count_blocks(p->k_starts, p->batch, kernels->block_keys, *blocks + n);
+        p->k_blocks = *blocks + n;
+    }
+    return NF_OK;
+}
+
+static ptrdiff_t
+count_q_blocks(const nf_attention_kernels *kernels, const nf_attention *p)
+{
+    return p->heads
+           * (p->q_blocks ? p->q_blocks[p->batch]
+                          : p->batch * blocks_of(p->queries, kernels->block_queries));
+}
+
+nf_status
+nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *shape)
+{
+    nf_attention p = *shape;
+    ptrdiff_t *blocks;
+    nf_status status = lay_out(kernels, &p, &blocks);
+    const ptrdiff_t most = kernels->decode_most(&p);
+    if (status == NF_OK && most > 0 && (p.q_starts || p.queries <= most)) {
+        status = run(kernels->decode, &p, p.batch * p.kv_heads, cycles(&p),
+                     kernels->decode_scratch(&p));
+    }
+    if (status == NF_OK && p.queries > most) {
+        status = run(kernels->forward, &p, count_q_blocks(kernels, &p), cycles(&p),
+                     kernels->forward_scratch(&p));
+    }
+    nf_pool_free(blocks);
+    return status;
 }
 
 nf_status
 nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *shape)
 {
     nf_attention p = *shape;
-    const ptrdiff_t q_blocks =
-        p.batch * p.heads * blocks_of(p.queries, kernels->block_queries);
+    ptrdiff_t *blocks;
+    nf_status status = lay_out(kernels, &p, &blocks);
+    if (status != NF_OK) {
+        return status;
+    }
+    const ptrdiff_t q_blocks = count_q_blocks(kernels, &p);
     const ptrdiff_t k_blocks =
-        p.batch * p.kv_heads * blocks_of(p.keys, kernels->block_keys);
+        p.kv_heads
+        * (p.k_blocks ? p.k_blocks[p.batch]
+                      : p.batch * blocks_of(p.keys, kernels->block_keys));
     const double elements =
         (double)(q_blocks * kernels->block_queries * (p.dim + p.value_dim));
     p.workspace = nf_pool_allocate(kernels->backward_workspace(&p));
     if (p.workspace == NULL) {
+        nf_pool_free(blocks);
         return NF_NO_MEMORY;
     }
-    nf_status status = run(kernels->backward_prepare, &p, q_blocks, elements, 0);
+    status = run(kernels->backward_prepare, &p, q_blocks, elements, 0);
     if (status == NF_OK) {
         status = run(kernels->backward_keys, &p, k_blocks, 2.5 * cycles(&p),
                      kernels->backward_scratch(&p));
@@ -75,5 +132,6 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
         status = run(kernels->backward_finish, &p, q_blocks, elements, 0);
     }
     nf_pool_free(p.workspace);
+    nf_pool_free(blocks);
     return status;
 }

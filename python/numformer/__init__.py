@@ -41,6 +41,8 @@ from numformer.ops.norm import rms_norm as rms_norm
 from numformer.ops.rotary import rotary_embedding as rotary_embedding
 from numformer.ops.softmax import log_softmax as log_softmax
 from numformer.ops.softmax import softmax as softmax
+from numformer.ops.varlen import attention_varlen as attention_varlen
+from numformer.ops.varlen import paged_attention as paged_attention
 from numformer.tensor import Tensor as Tensor
 from numformer.tensor import checkpoint as checkpoint
 from numformer.tensor import no_grad as no_grad

@@ -26,7 +26,7 @@ def _causal(is_causal, causal_align):
 
 
 def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, dropout_p=0.0,
-              rng=None):
+              rng=None, cu_seqlens_q=None, cu_seqlens_k=None, block_table=None):
     """The binding's tuple of what most calls leave out, or None; draws the key of the dropout."""
     if softcap is None:
         softcap = 0.0
@@ -42,9 +42,11 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
     except (TypeError, ValueError):
         raise ValueError(f"{_OP}: window_size must be two numbers of keys, (left, right), got "
                          f"{window_size!r}") from None
-    if left == right == -1 and softcap == 0 and alibi_slopes is sinks is kv_lengths is None and dropout_p == 0:
+    if left == right == -1 and softcap == 0 and dropout_p == 0 and (
+            alibi_slopes is sinks is kv_lengths is cu_seqlens_q is block_table is None):
         return None
-    return left, right, softcap, alibi_slopes, sinks, kv_lengths, dropout_p, key
+    return (left, right, softcap, alibi_slopes, sinks, kv_lengths, dropout_p, key, cu_seqlens_q, cu_seqlens_k,
+            block_table)
 
 
 def attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None, *, is_causal=False,
@@ -52,7 +54,8 @@ def attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sink
                       gradients=("mask", "slopes", "sinks"), **features):
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_backward` needs.
 
-    `features` are window_size, softcap, kv_lengths, dropout_p and rng. `gradients` names those of attn_mask, ALiBi
+    `features` are window_size, softcap, kv_lengths, dropout_p and rng; and cu_seqlens_q and cu_seqlens_k, where the
+    batch axes have length 1 and the sequences lie one behind the other. `gradients` names those of attn_mask, ALiBi
     slopes and sinks that the backward pass shall compute.
     """
     causal = _causal(is_causal, causal_align)

@@ -1,0 +1,51 @@
+/* What the bindings of attention share: its inputs, checked and as the kernels want them. */
+#ifndef NF_BIND_ATTENTION_H
+#define NF_BIND_ATTENTION_H
+#include "bind/arguments.h"
+#include "ops/attention.h"
+
+#define OP "scaled_dot_product_attention"
+
+/* What a call owns. */
+typedef struct {
+    PyArrayObject *q, *k, *v; /* rows contiguous */
+    PyArrayObject *out, *lse, *stats;
+    PyArrayObject *dout, *dlse, *dq, *dk, *dv;
+    PyArrayObject *slopes, *sinks, *kv_lengths, *q_starts, *k_starts, *block_table;
+    PyArrayObject *dmask, *dslopes, *dsinks;
+    nf_attention p;
+    const nf_attention_kernels *kernels;
+    int type;
+} nf_attention_call;
+
+void nf_attention_release(nf_attention_call *c);
+
+/* `object` with its last axis contiguous and its strides whole elements: itself where it is so,
+   else a copy. A new reference; NULL with an error. */
+PyArrayObject *nf_attention_take(PyObject *object, int type, const char *name);
+
+static inline nf_heads
+nf_heads_of(PyArrayObject *array)
+{
+    const npy_intp item = PyArray_ITEMSIZE(array), *strides = PyArray_STRIDES(array);
+    return (nf_heads){PyArray_DATA(array), strides[0] / item, strides[1] / item,
+                      strides[2] / item};
+}
+
+/* The same, without a batch axis where sequences are packed. */
+static inline nf_heads
+nf_heads_in(const nf_attention *p, PyArrayObject *array)
+{
+    nf_heads h = nf_heads_of(array);
+    h.batch = p->q_starts ? 0 : h.batch;
+    return h;
+}
+
+/* args: query, key, value (B, heads, S, D), mask, scale (None: 1/sqrt(D)), the sum of CAUSAL
+   and TOP_LEFT, features: None, or the tuple (left, right, softcap, alibi_slopes, sinks,
+   kv_lengths, dropout_p, key, cu_seqlens_q, cu_seqlens_k, block_table).
+   With cu_seqlens the arrays are packed, B is 1. With a block table key and value are
+   (blocks, Hkv, block_size, D). -1 with an error. */
+int nf_attention_inputs(nf_attention_call *c, PyObject *const *args);
+
+#endif

@@ -1,0 +1,441 @@
+/* The inputs of attention: checks, and arrays into strides. */
+#include "bind/attention.h"
+
+#include <math.h>
+
+void
+nf_attention_release(nf_attention_call *c)
+{
+    Py_XDECREF(c->q);
+    Py_XDECREF(c->k);
+    Py_XDECREF(c->v);
+    Py_XDECREF(c->out);
+    Py_XDECREF(c->lse);
+    Py_XDECREF(c->stats);
+    Py_XDECREF(c->dout);
+    Py_XDECREF(c->dlse);
+    Py_XDECREF(c->dq);
+    Py_XDECREF(c->dk);
+    Py_XDECREF(c->dv);
+    Py_XDECREF(c->slopes);
+    Py_XDECREF(c->sinks);
+    Py_XDECREF(c->kv_lengths);
+    Py_XDECREF(c->q_starts);
+    Py_XDECREF(c->k_starts);
+    Py_XDECREF(c->block_table);
+    Py_XDECREF(c->dmask);
+    Py_XDECREF(c->dslopes);
+    Py_XDECREF(c->dsinks);
+}
+
+PyArrayObject *
+nf_attention_take(PyObject *object, int type, const char *name)
+{
+    PyArrayObject *array = nf_array(object, type, 4, OP, name);
+    if (array == NULL) {
+        if (!PyErr_Occurred()) {
+            PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", OP, name);
+        }
+        return NULL;
+    }
+    const npy_intp item = PyArray_ITEMSIZE(array);
+    for (int i = 0; i < 3; i++) {
+        if (PyArray_STRIDE(array, i) % item) {
+            PyArrayObject *copy = nf_new_like(array);
+            if (copy != NULL && PyArray_CopyInto(copy, array) < 0) {
+                Py_CLEAR(copy);
+            }
+            return copy;
+        }
+    }
+    return nf_rows_contiguous(array);
+}
+
+/* The mask, broadcast from the right to (B, H, Sq, Sk). Borrowed. */
+static int
+take_mask(nf_attention_call *c, PyObject *object)
+{
+    nf_attention *p = &c->p;
+    p->mask_kind = NF_NO_MASK;
+    if (!nf_given(object)) {
+        return 0;
+    }
+    if (!PyArray_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "%s: attn_mask must be an array, got %s", OP,
+                     Py_TYPE(object)->tp_name);
+        return -1;
+    }
+    PyArrayObject *mask = (PyArrayObject *)object;
+    const int boolean = PyArray_TYPE(mask) == NPY_BOOL;
+    if (!boolean && nf_array(object, c->type, -1, OP, "attn_mask") == NULL) {
+        PyErr_Clear();
+        PyErr_Format(
+            PyExc_TypeError,
+            "%s: attn_mask must be boolean (True: attend) or have the dtype of query "
+            "and native, aligned memory, got %S",
+            OP, PyArray_DESCR(mask));
+        return -1;
+    }
+    const npy_intp shape[4] = {p->batch, p->heads, p->queries, p->keys};
+    const int ndim = PyArray_NDIM(mask), missing = 4 - ndim;
+    int fits = ndim <= 4;
+    for (int i = 0; fits && i < 4; i++) {
+        const npy_intp n = i < missing ? 1 : PyArray_DIM(mask, i - missing);
+        const npy_intp stride = i < missing ? 0 : PyArray_STRIDE(mask, i - missing);
+        const npy_intp item = PyArray_ITEMSIZE(mask);
+        fits = n == 1 || n == shape[i];
+        if (n != 1 && stride % item) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: attn_mask must have strides of whole elements; give a copy",
+                         OP);
+            return -1;
+        }
+        p->mask_strides[i] = n == 1 ? 0 : stride / item;
+    }
+    if (!fits) {
+        PyObject *got = PyObject_GetAttrString(object, "shape");
+        if (got != NULL) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: attn_mask must broadcast to (B, H, Sq, Sk) = (%zd, %zd, %zd, "
+                         "%zd), got %R",
+                         OP, shape[0], shape[1], shape[2], shape[3], got);
+            Py_DECREF(got);
+        }
+        return -1;
+    }
+    p->mask = PyArray_DATA(mask);
+    p->mask_kind = boolean ? NF_BOOLEAN_MASK : NF_ADDED_MASK;
+    return 0;
+}
+
+static int
+check_lengths(const nf_attention_call *c, int paged)
+{
+    const npy_intp *q = PyArray_DIMS(c->q), *k = PyArray_DIMS(c->k),
+                   *v = PyArray_DIMS(c->v);
+    if ((k[0] != q[0] && !paged) || k[3] != q[3]) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: key must have shape (%zd, Hkv, Sk, %zd) as query says, got (%zd, "
+                     "%zd, %zd, %zd)",
+                     OP, q[0], q[3], k[0], k[1], k[2], k[3]);
+        return -1;
+    }
+    if (v[0] != k[0] || v[1] != k[1] || v[2] != k[2]) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: value must have shape (%zd, %zd, %zd, Dv) as key says, got (%zd, "
+                     "%zd, %zd, %zd)",
+                     OP, k[0], k[1], k[2], v[0], v[1], v[2], v[3]);
+        return -1;
+    }
+    if (k[1] == 0 ? q[1] != 0 : q[1] % k[1] != 0) {
+        PyErr_Format(
+            PyExc_ValueError,
+            "%s: the heads of query must be a multiple of those of key, got %zd and "
+            "%zd",
+            OP, q[1], k[1]);
+        return -1;
+    }
+    return 0;
+}
+
+/* A finite number in [least, most). */
+static int
+take_number(PyObject *object, double least, double most, const char *name, double *to)
+{
+    *to = PyFloat_AsDouble(object);
+    if (*to == -1.0 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (!(*to >= least && *to < most)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got %R", OP, name,
+                     most <= 1 ? "at least 0 and below 1" : "finite and not negative",
+                     object);
+        return -1;
+    }
+    return 0;
+}
+
+static int
+take_window(nf_attention *p, PyObject *left, PyObject *right)
+{
+    const Py_ssize_t l = PyNumber_AsSsize_t(left, PyExc_OverflowError);
+    if (l == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    const Py_ssize_t r = PyNumber_AsSsize_t(right, PyExc_OverflowError);
+    if (r == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    if (l < -1 || r < -1) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: window_size must be two numbers of keys, -1 for no bound, got "
+                     "(%zd, %zd)",
+                     OP, l, r);
+        return -1;
+    }
+    p->left = l < 0 || l > NF_UNBOUNDED ? NF_UNBOUNDED : l;
+    const ptrdiff_t bound = r < 0 || r > NF_UNBOUNDED ? NF_UNBOUNDED : r;
+    p->right = bound < p->right ? bound : p->right;
+    return 0;
+}
+
+/* (H,) or, where `batched`, (B, H). */
+static PyArrayObject *
+take_per_head(const nf_attention_call *c, PyObject *object, int batched, const char *name)
+{
+    PyArrayObject *const array = nf_array(object, c->type, -1, OP, name);
+    if (array == NULL) {
+        return NULL;
+    }
+    const npy_intp shape[2] = {c->p.batch, c->p.heads};
+    const int two = batched && PyArray_NDIM(array) == 2;
+    return nf_check_shape(array, two ? 2 : 1, two ? shape : shape + 1, OP, name) < 0
+               ? NULL
+               : nf_contiguous(array);
+}
+
+/* A new (B, ...) array of int64. */
+static PyArrayObject *
+take_integers(PyObject *object, int ndim, const char *name)
+{
+    PyArrayObject *const given = (PyArrayObject *)PyArray_FROM_O(object);
+    PyArrayObject *array = NULL;
+    if (given != NULL && (!PyArray_ISINTEGER(given) || PyArray_NDIM(given) != ndim)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: %s must be integers in %d dimension%s, got %S in %d", OP, name,
+                     ndim, ndim == 1 ? "" : "s", PyArray_DESCR(given), PyArray_NDIM(given));
+    }
+    else if (given != NULL) {
+        array = (PyArrayObject *)PyArray_FROMANY((PyObject *)given, NPY_INT64, 0, 0,
+                                                 NPY_ARRAY_IN_ARRAY);
+    }
+    Py_XDECREF(given);
+    return array;
+}
+
+static int
+take_kv_lengths(nf_attention_call *c, PyObject *object, npy_intp most)
+{
+    if ((c->kv_lengths = take_integers(object, 1, "kv_lengths")) == NULL
+        || nf_check_shape(c->kv_lengths, 1, &c->p.batch, OP, "kv_lengths") < 0) {
+        return -1;
+    }
+    const int64_t *const length = PyArray_DATA(c->kv_lengths);
+    for (ptrdiff_t b = 0; b < c->p.batch; b++) {
+        if (length[b] < 0 || length[b] > most) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: kv_lengths must lie between 0 and Sk = %zd, got %lld", OP,
+                         most, (long long)length[b]);
+            return -1;
+        }
+    }
+    c->p.kv_lengths = length;
+    return 0;
+}
+
+/* (B + 1) from 0 to `total`, not falling; the longest sequence, or -1. */
+static npy_intp
+take_starts(PyObject *object, npy_intp total, const char *name, PyArrayObject **to)
+{
+    if ((*to = take_integers(object, 1, name)) == NULL) {
+        return -1;
+    }
+    const int64_t *const start = PyArray_DATA(*to);
+    const npy_intp n = PyArray_DIM(*to, 0);
+    int right = n > 0 && start[0] == 0 && start[n - 1] == total;
+    npy_intp longest = 0;
+    for (npy_intp b = 1; right && b < n; b++) {
+        const npy_intp length = start[b] - start[b - 1];
+        right = length >= 0;
+        longest = length > longest ? length : longest;
+    }
+    if (!right) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: %s must rise from 0 to the number of tokens, %zd, got %R", OP,
+                     name, total, *to);
+        return -1;
+    }
+    return longest;
+}
+
+/* Each of the blocks that a sequence has tokens in must be there. */
+static int
+take_block_table(nf_attention_call *c, PyObject *object, PyObject *lengths)
+{
+    nf_attention *p = &c->p;
+    const npy_intp blocks = PyArray_DIM(c->k, 0), size = PyArray_DIM(c->k, 2);
+    if ((c->block_table = take_integers(object, 2, "block_table")) == NULL) {
+        return -1;
+    }
+    p->table_width = PyArray_DIM(c->block_table, 1), p->block_size = size;
+    if (PyArray_DIM(c->block_table, 0) != p->batch) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: block_table must have a row for each of %zd sequences, got %zd",
+                     OP, p->batch, PyArray_DIM(c->block_table, 0));
+        return -1;
+    }
+    if (take_kv_lengths(c, lengths, p->table_width * size) < 0) {
+        return -1;
+    }
+    p->block_table = PyArray_DATA(c->block_table);
+    p->keys = 0;
+    for (ptrdiff_t b = 0; b < p->batch; b++) {
+        const ptrdiff_t length = (ptrdiff_t)p->kv_lengths[b];
+        p->keys = length > p->keys ? length : p->keys;
+        for (ptrdiff_t i = 0; i * size < length; i++) {
+            const int64_t block = p->block_table[b * p->table_width + i];
+            if (block < 0 || block >= blocks) {
+                PyErr_Format(PyExc_ValueError,
+                             "%s: block_table must name blocks below %zd, got %lld", OP,
+                             blocks, (long long)block);
+                return -1;
+            }
+        }
+    }
+    return 0;
+}
+
+enum {
+    LEFT,
+    RIGHT,
+    SOFTCAP,
+    SLOPES,
+    SINKS,
+    KV_LENGTHS,
+    DROPOUT,
+    DROPOUT_KEY,
+    Q_STARTS,
+    K_STARTS,
+    BLOCK_TABLE,
+    FEATURES
+};
+
+/* The batch: its sequences may be packed, keys and values in blocks. */
+static int
+take_sequences(nf_attention_call *c, PyObject *const *f)
+{
+    nf_attention *p = &c->p;
+    if (nf_given(f[Q_STARTS])) {
+        p->queries =
+            take_starts(f[Q_STARTS], PyArray_DIM(c->q, 2), "cu_seqlens_q", &c->q_starts);
+        if (p->queries < 0) {
+            return -1;
+        }
+        p->q_starts = PyArray_DATA(c->q_starts);
+        p->batch = PyArray_DIM(c->q_starts, 0) - 1;
+        p->rows_batch = 0, p->q.batch = 0;
+    }
+    if (nf_given(f[K_STARTS])) {
+        p->keys =
+            take_starts(f[K_STARTS], PyArray_DIM(c->k, 2), "cu_seqlens_k", &c->k_starts);
+        if (p->keys < 0) {
+            return -1;
+        }
+        if (PyArray_DIM(c->k_starts, 0) != p->batch + 1) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: cu_seqlens_q and cu_seqlens_k must have one length, got %zd "
+                         "and %zd",
+                         OP, p->batch + 1, PyArray_DIM(c->k_starts, 0));
+            return -1;
+        }
+        p->k_starts = PyArray_DATA(c->k_starts);
+        p->k.batch = p->v.batch = 0;
+    }
+    if (nf_given(f[BLOCK_TABLE])) {
+        return take_block_table(c, f[BLOCK_TABLE], f[KV_LENGTHS]);
+    }
+    return nf_given(f[KV_LENGTHS]) ? take_kv_lengths(c, f[KV_LENGTHS], p->keys) : 0;
+}
+
+static int
+take_features(nf_attention_call *c, PyObject *object)
+{
+    nf_attention *p = &c->p;
+    if (!nf_given(object)) {
+        return 0;
+    }
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != FEATURES) {
+        PyErr_Format(PyExc_TypeError, "%s: features must be a tuple of %d, got %R", OP,
+                     FEATURES, object);
+        return -1;
+    }
+    PyObject *const *const f = &PyTuple_GET_ITEM(object, 0);
+    double dropout;
+    if (take_sequences(c, f) < 0 || take_window(p, f[LEFT], f[RIGHT]) < 0
+        || take_number(f[SOFTCAP], 0, HUGE_VAL, "softcap", &p->softcap) < 0
+        || take_number(f[DROPOUT], 0, 1, "dropout_p", &dropout) < 0) {
+        return -1;
+    }
+    if (dropout > 0) {
+        p->dropout_key = PyLong_AsUnsignedLongLong(f[DROPOUT_KEY]);
+        if (PyErr_Occurred()) {
+            return -1;
+        }
+        p->dropout_threshold = (uint32_t)(dropout * 0x1p32);
+        p->dropout_scale = 1 / (1 - dropout);
+    }
+    if (nf_given(f[SLOPES])) {
+        if ((c->slopes = take_per_head(c, f[SLOPES], 1, "alibi_slopes")) == NULL) {
+            return -1;
+        }
+        p->slopes = PyArray_DATA(c->slopes);
+        p->slopes_batch = PyArray_NDIM(c->slopes) == 2 ? p->heads : 0;
+    }
+    if (nf_given(f[SINKS])) {
+        if ((c->sinks = take_per_head(c, f[SINKS], 0, "sinks")) == NULL) {
+            return -1;
+        }
+        p->sinks = PyArray_DATA(c->sinks);
+    }
+    return 0;
+}
+
+enum { CAUSAL = 1, TOP_LEFT = 2 };
+
+static int
+is_paged(PyObject *features)
+{
+    return PyTuple_Check(features) && PyTuple_GET_SIZE(features) == FEATURES
+           && nf_given(PyTuple_GET_ITEM(features, BLOCK_TABLE));
+}
+
+int
+nf_attention_inputs(nf_attention_call *c, PyObject *const *args)
+{
+    nf_attention *p = &c->p;
+    if ((c->q = nf_attention_take(args[0], NPY_NOTYPE, "query")) == NULL) {
+        return -1;
+    }
+    c->type = PyArray_TYPE(c->q);
+    c->kernels = c->type == NPY_FLOAT ? nf_kernels.attention_f32 : nf_kernels.attention_f64;
+    if ((c->k = nf_attention_take(args[1], c->type, "key")) == NULL
+        || (c->v = nf_attention_take(args[2], c->type, "value")) == NULL
+        || check_lengths(c, is_paged(args[6])) < 0) {
+        return -1;
+    }
+    const npy_intp *q = PyArray_DIMS(c->q), *k = PyArray_DIMS(c->k);
+    p->batch = q[0], p->heads = q[1], p->queries = q[2], p->dim = q[3];
+    p->kv_heads = k[1], p->keys = k[2], p->value_dim = PyArray_DIM(c->v, 3);
+    p->q = nf_heads_of(c->q), p->k = nf_heads_of(c->k), p->v = nf_heads_of(c->v);
+    if (p->queries > 1 << 30 || p->keys > 1 << 30) {
+        PyErr_Format(PyExc_ValueError, "%s: at most 2^30 queries and keys, got %zd and %zd",
+                     OP, p->queries, p->keys);
+        return -1;
+    }
+    p->rows_batch = p->heads * p->queries, p->rows_head = p->queries;
+    p->scale = 1 / sqrt(p->dim > 0 ? (double)p->dim : 1.0);
+    if (nf_given(args[4])) {
+        p->scale = PyFloat_AsDouble(args[4]);
+        if (p->scale == -1.0 && PyErr_Occurred()) {
+            return -1;
+        }
+    }
+    const long causal = PyLong_AsLong(args[5]);
+    if (causal == -1 && PyErr_Occurred()) {
+        return -1;
+    }
+    p->left = NF_UNBOUNDED;
+    p->right = causal & CAUSAL ? 0 : NF_UNBOUNDED;
+    p->top_left = (causal & TOP_LEFT) != 0;
+    return take_mask(c, args[3]) < 0 ? -1 : take_features(c, args[6]);
+}

@@ -1,0 +1,144 @@
+"""Attention of sequences of different lengths without padding: packed one behind the other, or cached in blocks."""
+import numpy as np
+
+from numformer import _core
+from numformer.ops import attention
+from numformer.tensor import Tensor, apply
+
+__all__ = ["attention_varlen", "attention_varlen_backward", "attention_varlen_forward", "paged_attention"]
+
+
+def _heads(x, op, name):
+    """(T, H, D) as (1, H, T, D), a view."""
+    if not isinstance(x, np.ndarray) or x.ndim != 3:
+        raise ValueError(f"{op}: {name} must be an array (tokens, heads, head_dim), got "
+                         f"{x.shape if isinstance(x, np.ndarray) else type(x).__name__}")
+    return x.transpose(1, 0, 2)[None]
+
+
+def _tokens(x):
+    """The way back, of (1, H, T, D) or (1, H, T)."""
+    return x[0].swapaxes(0, 1)
+
+
+def attention_varlen_forward(query, key, value, alibi_slopes=None, sinks=None, *, cu_seqlens_q, cu_seqlens_k,
+                             return_lse=False, **keywords):
+    """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
+    query, key, value = (_heads(x, "attention_varlen", name) for x, name in
+                         ((query, "query"), (key, "key"), (value, "value")))
+    (out, lse), saved = attention.attention_forward(
+        query, key, value, None, alibi_slopes, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        return_lse=True, **keywords)
+    return ((_tokens(out), _tokens(lse)) if return_lse else _tokens(out)), (saved, return_lse)
+
+
+def attention_varlen_backward(dy, saved):
+    """Return the gradients with respect to query, key, value, alibi_slopes and sinks; None where not wanted."""
+    saved, return_lse = saved
+    dout, dlse = dy if return_lse else (dy, None)
+    dout = None if dout is None else _heads(dout, "attention_varlen", "the gradient of out")
+    dlse = None if dlse is None else dlse.T[None]
+    dq, dk, dv, _, dslopes, dsinks = attention.attention_backward((dout, dlse), saved)
+    return _tokens(dq), _tokens(dk), _tokens(dv), dslopes, dsinks
+
+
+def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p=0.0, is_causal=False, scale=None,
+                     causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None,
+                     rng=None, return_lse=False):
+    """Compute :func:`scaled_dot_product_attention` for sequences that lie one behind the other.
+
+    A sequence sees itself alone, and has the bits that it would have in a call of its own, where dropout is off.
+
+    Parameters
+    ----------
+    query : ndarray or Tensor, (Tq, H, D), float32 or float64
+    key : (Tk, Hkv, D)
+    value : (Tk, Hkv, Dv)
+    cu_seqlens_q : int array, (B + 1,)
+        Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``; the first is 0, the last Tq.
+    cu_seqlens_k : int array, (B + 1,)
+        The same of keys and values.
+    dropout_p, is_causal, scale, causal_align, window_size, softcap, alibi_slopes, sinks, rng
+        As there; positions count in each sequence, `alibi_slopes` is (H,) or (B, H).
+    return_lse : bool
+        Return ``(out, lse)``, lse (Tq, H).
+
+    Returns
+    -------
+    ndarray, or Tensor where one of the inputs is one, (Tq, H, Dv)
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, dtypes differ, or cu_seqlens are not integers.
+    ValueError
+        If shapes do not fit together, or cu_seqlens do not rise from 0 to the number of tokens.
+
+    Notes
+    -----
+    Time and memory are those of the sequences alone: nothing is padded or copied.
+    """
+    sides = {"slopes": alibi_slopes, "sinks": sinks}
+    wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
+    return apply(attention_varlen_forward, attention_varlen_backward, query, key, value, alibi_slopes, sinks,
+                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, is_causal=is_causal,
+                 scale=scale, causal_align=causal_align, window_size=window_size, softcap=softcap, rng=rng,
+                 return_lse=return_lse, gradients=wanted)
+
+
+def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=True,
+                    scale=None, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+                    sinks=None, return_lse=False):
+    """Attend to keys and values that are cached in blocks (Kwon et al. 2023, arXiv:2309.06180); no gradient.
+
+    Decoding steps and pieces of prompts may be mixed in one call. The result has the bits of
+    :func:`scaled_dot_product_attention` on the same keys and values in one piece.
+
+    Parameters
+    ----------
+    query : ndarray, (B, H, Sq, D), or (Tq, H, D) with `cu_seqlens_q`; float32 or float64
+        The last queries of each sequence; their own keys and values are in the cache already.
+    key_cache : ndarray, (blocks, block_size, Hkv, D)
+    value_cache : ndarray, (blocks, block_size, Hkv, Dv)
+    block_table : int array, (B, most blocks of a sequence)
+        Token j of sequence b lies in block ``block_table[b, j // block_size]`` at ``j % block_size``. Entries beyond
+        the length of a sequence may be anything.
+    cache_seqlens : int array, (B,)
+        Tokens of each sequence in the cache. What stands in its blocks behind them is never read.
+    cu_seqlens_q : int array, (B + 1,), optional
+        Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, the same number or different ones.
+    is_causal : bool
+        True here, unlike elsewhere.
+    scale, causal_align, window_size, softcap, alibi_slopes, sinks
+        As in :func:`scaled_dot_product_attention`.
+    return_lse : bool
+        Return ``(out, lse)``, lse (B, H, Sq) or (Tq, H).
+
+    Returns
+    -------
+    ndarray, of the shape of `query` but for its last axis, Dv
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, dtypes differ, or the tables are not integers.
+    ValueError
+        If shapes do not fit together, or a table names what is not there.
+
+    Notes
+    -----
+    Keys and values are read in place where a chunk of 128 lies in one block, else copied chunk by chunk.
+    """
+    op = "paged_attention"
+    for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
+        if not isinstance(x, np.ndarray) or x.ndim != 4 or x.shape[1] == 0:
+            raise ValueError(f"{op}: {name} must be an array (blocks, block_size, heads, head_dim), got "
+                             f"{x.shape if isinstance(x, np.ndarray) else type(x).__name__}")
+    packed = cu_seqlens_q is not None
+    features = attention._features(
+        window_size, softcap, alibi_slopes, sinks, cache_seqlens, cu_seqlens_q=cu_seqlens_q, block_table=block_table)
+    result = _core.attention_forward(
+        _heads(query, op, "query") if packed else query, key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2), None,
+        scale, attention._causal(is_causal, causal_align), features, None, 1)
+    out, lse = (_tokens(x) for x in result) if packed else result
+    return (out, lse) if return_lse else out

@@ -1,0 +1,147 @@
+"""Packed sequences and caches in blocks: the bits of each sequence in a call of its own."""
+import numpy as np
+import pytest
+
+import numformer as nf
+from numformer.ops.varlen import attention_varlen_backward, attention_varlen_forward
+from tests.kernels.test_attention import arrays, sdpa
+from tests.kernels.test_attention_features import run
+
+FEATURES = [{}, {"is_causal": True}, {"window_size": (20, 4)},
+            {"is_causal": True, "causal_align": "top_left", "softcap": 2.0, "window_size": (60, 0)}]
+
+
+def starts(lengths):
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def tokens(*shape, dtype=np.float32, seed=0):
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
+
+
+def heads(x):
+    return x.transpose(1, 0, 2)[None]
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("q_lengths, k_lengths", [([5, 0, 100, 1, 30], [5, 3, 130, 200, 0]), ([60], [97]),
+                                                  ([3, 4], [7, 300]), ([0, 50], [4, 50])])
+def test_each_sequence_has_the_bits_of_a_call_of_its_own(q_lengths, k_lengths, features):
+    cu_q, cu_k = starts(q_lengths), starts(k_lengths)
+    q, k, v = tokens(cu_q[-1], 4, 16), tokens(cu_k[-1], 2, 16), tokens(cu_k[-1], 2, 24, seed=1)
+    slopes, sinks = nf.alibi_slopes(4), tokens(4)
+    dout, dlse = tokens(cu_q[-1], 4, 24, seed=2), tokens(cu_q[-1], 4, seed=3)
+    (out, lse), saved = attention_varlen_forward(q, k, v, slopes, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
+                                                 return_lse=True, **features)
+    dq, dk, dv, dslopes, dsinks = attention_varlen_backward((dout, dlse), saved)
+    assert out.shape == (cu_q[-1], 4, 24) and out.flags.c_contiguous and lse.shape == (cu_q[-1], 4)
+    sums = np.zeros(4), np.zeros(4)
+    for b in range(len(q_lengths)):
+        i, j = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+        one, one_lse, g = run(heads(q[i]), heads(k[j]), heads(v[j]), heads(dout[i]), dlse[i].T[None], slopes=slopes,
+                              sinks=sinks, **features)
+        assert (heads(out[i]) == one).all() and (lse[i].T == one_lse[0]).all()
+        for whole, part, name in ((dq, i, "q"), (dk, j, "k"), (dv, j, "v")):
+            assert (heads(whole[part]) == g[name]).all()
+        sums[0][...] += g["slopes"]
+        sums[1][...] += g["sinks"]
+    np.testing.assert_allclose(dslopes, sums[0], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(dsinks, sums[1], rtol=1e-4, atol=1e-4)
+
+
+def test_slopes_of_each_sequence_and_float64():
+    cu = starts([30, 100])
+    q, k, v = (tokens(130, 2, 8, dtype=np.float64, seed=s) for s in range(3))
+    slopes = np.random.default_rng(0).uniform(0, 1, (2, 2))
+    (out, _lse), saved = attention_varlen_forward(q, k, v, slopes, cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True)
+    dslopes = attention_varlen_backward((tokens(130, 2, 8, seed=4).astype(float), None), saved)[3]
+    dout = tokens(130, 2, 8, seed=4).astype(float)
+    for b in range(2):
+        i = slice(cu[b], cu[b + 1])
+        one, _, g = run(*(heads(x[i]) for x in (q, k, v, dout)), np.zeros((1, 2, cu[b + 1] - cu[b])), slopes=slopes[b])
+        assert (heads(out[i]) == one).all()
+        np.testing.assert_allclose(dslopes[b], g["slopes"], rtol=1e-10)
+
+
+def test_the_tape_and_threads(threads):
+    cu_q, cu_k = starts([70, 3, 200]), starts([150, 90, 200])
+    data = tokens(273, 2, 8), tokens(440, 1, 8), tokens(440, 1, 8, seed=1)
+    results = []
+    for n in (1, 2, 3):
+        threads(n)
+        leaves = [nf.Tensor(x, requires_grad=True) for x in data]
+        slopes = nf.Tensor(nf.alibi_slopes(2), requires_grad=True)
+        out = nf.attention_varlen(*leaves, cu_q, cu_k, is_causal=True, alibi_slopes=slopes, dropout_p=0.2,
+                                  rng=np.random.default_rng(0))
+        out.sum().backward()
+        results.append([out.data, *(x.grad for x in leaves), slopes.grad])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert (a == b).all()
+
+
+def paged(k, v, lengths, size, seed=0):
+    """(key_cache, value_cache, block_table): k and v (B, Hkv, S, D) in blocks in random order, the rest NaN."""
+    batch, kv_heads, longest, _ = k.shape
+    width = -(-longest // size)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(batch * width + 3)
+    caches = [np.full((len(order), size, kv_heads, x.shape[3]), np.nan, x.dtype) for x in (k, v)]
+    table = np.full((batch, width), -7)
+    for b in range(batch):
+        for i in range(-(-lengths[b] // size)):
+            table[b, i] = order[b * width + i]
+            for cache, x in zip(caches, (k, v)):
+                part = x[b, :, i * size:min((i + 1) * size, lengths[b])]
+                cache[table[b, i], :part.shape[1]] = part.transpose(1, 0, 2)
+    return *caches, table
+
+
+@pytest.mark.parametrize("size", [1, 16, 24, 128, 256])
+@pytest.mark.parametrize("queries", [1, 5, 60])
+def test_a_cache_in_blocks_gives_the_bits_of_one_piece(queries, size):
+    q, k, v = arrays(4, 2, queries, 290, 16, 8, batch=3)
+    lengths = np.array([290, 100, 129])
+    key_cache, value_cache, table = paged(k, v, lengths, size)
+    for features in ({}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
+                     {"is_causal": False, "sinks": tokens(4)}):
+        out, lse = nf.paged_attention(q, key_cache, value_cache, table, lengths, return_lse=True, **features)
+        want = sdpa(q, k, v, kv_lengths=lengths, return_lse=True, **{"is_causal": True, **features})
+        assert (out == want[0]).all() and (lse == want[1]).all()
+
+
+@pytest.mark.parametrize("dim", [16, 7])
+def test_steps_and_pieces_of_prompts_mix_in_one_call(dim):
+    lengths, counts = np.array([200, 31, 0, 90]), [1, 31, 0, 40]
+    _, k, v = arrays(4, 2, 1, 200, dim, batch=4)
+    cu = starts(counts)
+    q = tokens(cu[-1], 4, dim)
+    key_cache, value_cache, table = paged(k, v, lengths, 16)
+    out, lse = nf.paged_attention(q, key_cache, value_cache, table, lengths, cu_seqlens_q=cu, return_lse=True)
+    for b, n in enumerate(lengths):
+        i = slice(cu[b], cu[b + 1])
+        one, one_lse = sdpa(heads(q[i]), k[b:b + 1, :, :n], v[b:b + 1, :, :n], is_causal=True, return_lse=True)
+        assert (heads(out[i]) == one).all() and (lse[i].T == one_lse[0]).all()
+
+
+def test_wrong_packing_is_named_in_the_error():
+    q, k = tokens(5, 4, 8), tokens(6, 2, 8)
+    with pytest.raises(ValueError, match="query must be an array"):
+        nf.attention_varlen(q[0], k, k, [0, 5], [0, 6])
+    for wrong in ([0, 4], [1, 5], [0, 3, 2, 5], []):
+        with pytest.raises((ValueError, TypeError), match="cu_seqlens_q must"):
+            nf.attention_varlen(q, k, k, wrong, [0, 6])
+    with pytest.raises(ValueError, match="one length"):
+        nf.attention_varlen(q, k, k, [0, 2, 5], [0, 6])
+    with pytest.raises(TypeError, match="cu_seqlens_k must be integers"):
+        nf.attention_varlen(q, k, k, [0, 5], [0.0, 6.0])
+    cache = np.zeros((4, 16, 2, 8), np.float32)
+    step = tokens(2, 4, 1, 8)
+    with pytest.raises(ValueError, match="block_table must name blocks below 4, got 4"):
+        nf.paged_attention(step, cache, cache, [[0, 1], [2, 4]], [20, 20])
+    with pytest.raises(ValueError, match="kv_lengths must lie between 0 and"):
+        nf.paged_attention(step, cache, cache, [[0, 1], [2, 3]], [20, 33])
+    with pytest.raises(ValueError, match="block_table must have a row for each of 2"):
+        nf.paged_attention(step, cache, cache, [[0, 1]], [20, 20])
+    with pytest.raises(ValueError, match="key_cache must be"):
+        nf.paged_attention(step, cache[0], cache, [[0, 1]], [20, 20])
