@@ -71,7 +71,9 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, capsys, monkeypatch, source):
 
 
 def test_a_stop_says_how_to_go_on(tmp_path, source):
-    process = corpus.demo("--minutes", 0, "--data", source, "--out", tmp_path / "an out")
+    # a shell's background job is born deaf to Ctrl-C
+    process = corpus.demo("--minutes", 0, "--data", source, "--out", tmp_path / "an out",
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     for line in process.stdout:
         if line.startswith("1 data"):
             break

@@ -157,12 +157,14 @@ HEADER = "def add(self, a, b):\n"
 @pytest.mark.parametrize(("body", "ended", "expected"), [
     ("    return a + b\n", True, 1.0),
     ("    return a + b\n", False, 0.0),         # cut off
-    ("    return a + (b\n", True, 0.0),         # does not parse
-    ("    return a\n", True, 0.5),              # one of two arguments
-    ("    a = b = 1\n", True, 0.0),             # written, not read
-    ("    pass\n", True, 0.0),
+    ("    return a + (b\n", True, 0.5),         # does not parse
+    ("    return (a\n", True, 0.25),
+    ("    return a\n", True, 0.75),             # one of two arguments
+    ("    a = b = 1\n", True, 0.5),             # written, not read
+    ("    pass\n", True, 0.5),
+    ("    pass (\n", True, 0.0),
     ("", True, 0.0),
-    ("    return a + b\ndef more(x):\n    return x\n", True, 0.0),      # goes on after the function
+    ("    return a + b\ndef more(x):\n    return x\n", True, 0.5),      # goes on after the function
 ])
 def test_score_of_a_function(body, ended, expected):
     assert score(FUNCTIONS, HEADER, body, ended) == expected

@@ -5,15 +5,29 @@ import re
 import signal
 import time
 
-import numpy as np
 import pytest
 
 import numformer as nf
+from numformer.demo.stages import STAGES
+from numformer.demo.talk import MODELS
 from tests.demo import corpus
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ppo_begins_with_a_kl_of_exactly_0_and_pruned_arrays_are_smaller(whole):
+    done = {line["stage"]: line for line in read(whole[0]) if line.get("done")}
+    assert done["ppo"]["first_kl"] == 0
+    assert done["prune"]["heads"] < done["prune"]["heads_before"]
+    assert done["prune"]["parameters"] < done["prune"]["parameters_before"]
+    sizes = {model["name"]: model["weight_bytes"] for model in done["quantize"]["models"]}
+    assert sizes["int4-gptq"] == sizes["int4-rtn"] < sizes["int8"]
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +57,21 @@ def test_a_run_leaves_a_report_metrics_and_models_that_open_again(whole):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keys = [(line["stage"], line.get("step")) for line in lines]
     assert len(set(keys)) == len(keys)
-    for name in ("pretrained-experts", "pretrained-dense"):
+    assert {"reward", *MODELS} == {path.name for path in (folder / "models").iterdir()}
+    for name in MODELS:
         model = nf.models.load(folder / "models" / name)
-        assert np.isfinite(model(np.zeros((1, 5), int)).numpy()).all()
-    done = [line["stage"] for line in lines if line.get("done")]
-    assert len(out.splitlines()) == len(done) + 2           # the head, a line a stage, the report
+        assert len(model.generate([1, 2], 3, temperature=0)) == 5
+        assert (folder / "models" / name / "tokenizer.json").exists()
+    assert [line["stage"] for line in lines if line.get("done")] == [stage.name for stage in STAGES]
+    for stage in STAGES:
+        assert f"\n{stage.title} " in out
 
 
 def test_the_report_needs_nothing_from_outside(whole):
     page = (whole[0] / "report.html").read_text()
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
-    assert page.count("data:image/svg+xml;base64,") >= 2
+    assert page.count("data:image/svg+xml;base64,") == 6
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower().split()
 
 

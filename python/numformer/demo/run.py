@@ -156,6 +156,11 @@ class Run:
         """Nothing is left to go on with."""
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
+    @staticmethod
+    def clock():
+        """Seconds, from anywhere."""
+        return time.perf_counter()
+
     def checkpoint(self, stage):
         """Where the stage under way keeps what it needs to go on."""
         return self.folder / "state" / f"{stage}.safetensors"

@@ -1,16 +1,18 @@
 """The program that judges a completion, from 0 to 1: no person was asked.
 
-    a function      ends by itself and parses  x  share of its arguments that it uses  x  share that is not repeated
-    a paragraph     ends by itself  x  share of its brackets and quotes that close  x  share that is not repeated
+    a function      ends by itself  x  (1/2 parses + 1/2 share of its arguments that it reads)  x  share not repeated
+    a paragraph     ends by itself  x  share of its brackets and quotes that close  x  share not repeated
 
-A product, so that no part makes up for another: an empty body uses no argument, a long one repeats itself.
+Where a function does not parse, an argument counts as read if its name occurs. So there is a slope to climb from a
+model whose samples hardly ever parse, and no single trick wins: an empty body reads no argument, a long one repeats
+itself.
 """
 import ast
 import re
 
 from numformer.demo.examples import FUNCTIONS, named_arguments
 
-__all__ = ["closed", "distinct", "score", "used_arguments"]
+__all__ = ["closed", "distinct", "score", "worth"]
 
 _CLOSES = {")": "(", "]": "[", "}": "{"}
 
@@ -19,23 +21,33 @@ def score(kind, prompt, completion, ended):
     """The score of a completion of `kind` FUNCTIONS or PARAGRAPHS; `ended` tells whether it ended by itself."""
     if not ended or not completion.strip():
         return 0.0
-    if kind == FUNCTIONS:
-        return used_arguments(prompt + completion) * distinct(completion)
-    return closed(completion) * distinct(completion)
+    part = worth(prompt, completion) if kind == FUNCTIONS else closed(completion)
+    return part * distinct(completion)
 
 
-def used_arguments(source):
-    """The share of a function's arguments that its body reads; 0 unless `source` parses as that function alone."""
+def worth(header, body):
+    """Half for parsing as one function, half for the share of its arguments that it reads."""
     try:
-        body = ast.parse(source).body
+        tree = ast.parse(header + body).body
+        parses = len(tree) == 1 and isinstance(tree[0], ast.FunctionDef)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return 0.0
-    if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
-        return 0.0
-    names = named_arguments(body[0])
-    read = {node.id for statement in body[0].body for node in ast.walk(statement)
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    return sum(name in read for name in names) / len(names) if names else 0.0
+        parses = False
+    if parses:
+        names = named_arguments(tree[0])
+        read = {node.id for statement in tree[0].body for node in ast.walk(statement)
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    else:
+        names, read = _names(header), set(re.findall(r"[^\W\d]\w*", body))
+    used = sum(name in read for name in names) / len(names) if names else 0.0
+    return (parses + used) / 2
+
+
+def _names(header):
+    """The arguments of a header that itself parses; none of one that does not."""
+    try:
+        return named_arguments(ast.parse(header + "    pass\n").body[0])
+    except (SyntaxError, ValueError, IndexError, AttributeError):
+        return []
 
 
 def distinct(text, span=4):

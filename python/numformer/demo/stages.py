@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numformer as nf
-from numformer.demo import data, pretrain, report
+from numformer.demo import align, data, pretrain, report, shrink, talk
 from numformer.demo.errors import DemoError
 
 __all__ = ["STAGES", "Stage", "go"]
@@ -36,13 +36,19 @@ STAGES = [
     Stage("data", "1 data", data.work, data.say),
     Stage("pretrain-experts", "2 pretrain, experts", pretrain.work_experts, pretrain.say),
     Stage("pretrain-dense", "2 pretrain, dense", pretrain.work_dense, pretrain.say),
+    Stage("sft", "3 fine-tune", align.work_sft, align.say_sft),
+    Stage("reward", "3 reward model", align.work_reward, align.say_reward),
+    Stage("ppo", "3 PPO", align.work_ppo, align.say_ppo),
+    Stage("prune", "4 prune", shrink.work_prune, shrink.say_prune),
+    Stage("quantize", "5 quantize", shrink.work_quantize, shrink.say_quantize),
+    Stage("generate", "6 generate", talk.work, talk.say),
 ]
 
 
 def go(run):
     """Do what is left to do of a run, then write the report."""
-    print(f"numformer {nf.__version__ if hasattr(nf, '__version__') else ''}".rstrip() + f" · --minutes "
-          f"{run.plan.minutes} --seed {run.seed} · {nf.get_num_threads()} threads · {run.folder}", flush=True)
+    print(f"numformer.demo --minutes {run.plan.minutes} --seed {run.seed}, {nf.get_num_threads()} threads, out: "
+          f"{run.folder}", flush=True)
     begin = time.perf_counter()
     for stage in STAGES:
         if stage.name not in run.results:

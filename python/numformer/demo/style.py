@@ -38,6 +38,9 @@ th:first-child, td:first-child { text-align: left; }
 .sample h3 { font-size: 13px; margin: 0 0 6px; }
 pre { margin: 0; font: 12.5px/1.5 "JetBrains Mono", "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
       white-space: pre-wrap; overflow-wrap: anywhere; }
+pre + .soft { margin: 2px 0 12px; font-size: 12px; }
 pre b { color: var(--accent); font-weight: 600; }
+details { margin: 10px 0; }
+summary { cursor: pointer; color: var(--accent); font-size: 14px; }
 footer { margin-top: 48px; padding-top: 14px; border-top: 1px solid var(--line); }
 """
