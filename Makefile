@@ -47,7 +47,7 @@ asan: $(VENV)/installed-dev
 	NUMFORMER_SANITIZE=1 $(BIN)/python setup.py -q build_py --build-lib build/asan build_ext --build-temp build/asan \
 	    --build-lib build/asan
 	PYTHONPATH=build/asan:. LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	    ASAN_OPTIONS=detect_leaks=0 NUMFORMER_EXAMPLES=5 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels $(ASAN_TESTS)
+	    ASAN_OPTIONS=detect_leaks=0 NUMFORMER_EXAMPLES=5 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/test_properties.py
 
 old: $(VENV)/installed-dev
 	qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(or $(OLD_TESTS),tests/kernels)

@@ -1,5 +1,6 @@
 """Products with a weight (N, K), as torch keeps it: one, or one for each group of rows."""
 import itertools
+import math
 
 import numpy as np
 
@@ -44,9 +45,10 @@ def linear_backward(dy, saved):
     """Return the gradients of x, weight, bias and residual: None where there is none."""
     x, weight, bias, residual, activation, pre, (x_wanted, weight_wanted) = saved
     dz = dy if activation is None else pooled(_ACTIVATIONS[activation][1], pre, dy)
-    rows = dz.reshape(-1, dz.shape[-1])
+    count = math.prod(dz.shape[:-1])        # -1 in reshape is no number where an axis is 0
+    rows = dz.reshape(count, dz.shape[-1])
     dx = _core.product(rows, weight, None, False).reshape(x.shape) if x_wanted else None
-    dweight = _core.product(rows.T, x.reshape(-1, x.shape[-1]), None, False) if weight_wanted else None
+    dweight = _core.product(rows.T, x.reshape(count, x.shape[-1]), None, False) if weight_wanted else None
     return dx, dweight, _core.sum_rows(rows) if bias else None, dy if residual else None
 
 
@@ -98,7 +100,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
 def grouped_linear_forward(x, weight, offsets, bias=None):
     """Return ``(y, saved)``; `saved` is what :func:`grouped_linear_backward` needs."""
     x, weight = as_floats(x, "grouped_linear", "x"), as_floats(weight, "grouped_linear", "weight")
-    offsets = as_array(offsets, "grouped_linear", "offsets")
+    offsets = np.ascontiguousarray(as_array(offsets, "grouped_linear", "offsets"))
     return _core.grouped_linear(x, weight, offsets, bias, False), (x, weight, offsets, bias is not None)
 
 
