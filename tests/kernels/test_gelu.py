@@ -1,9 +1,11 @@
+import mpmath
 import numpy as np
 import pytest
 
 import numformer as nf
 from tests import oracle
 
+mpmath.mp.dps = 30
 SIZES = [0, 1, 3, 15, 16, 17, 31, 33, 97, 16384, 16385, 50001]
 
 
@@ -26,3 +28,38 @@ def test_bits_do_not_depend_on_threads_strides_or_company(threads):
 def test_an_unknown_form_is_named_in_the_error():
     with pytest.raises(ValueError, match="approximate"):
         nf.gelu(np.zeros(3), approximate="fast")
+
+
+def everywhere():
+    """float32 numbers spread evenly over all there are, and the range where the forms bend."""
+    spread = np.linspace(0, 2**32 - 1, 200000).astype(np.uint32).view(np.float32)
+    return np.concatenate([spread[np.isfinite(spread)], np.linspace(-16, 16, 200000, dtype=np.float32),
+                           np.linspace(-70, -8, 50000, dtype=np.float32)])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_float32_errs_by_2_ulp_at_most(approximate):
+    x = everywhere()
+    want = nf.gelu(x.astype(np.float64), approximate)
+    assert oracle.ulps(nf.gelu(x, approximate), want).max() <= 2
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_float64_is_that_of_mpmath_in_the_tail_too(approximate):
+    formulas = {"none": lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2,
+                "tanh": lambda x: x / (1 + mpmath.exp(-2 * mpmath.sqrt(2 / mpmath.pi) * (x + 0.044715 * x**3))),
+                "quick": lambda x: x / (1 + mpmath.exp(-1.702 * x))}
+    x = np.linspace(-16, 16, 401)
+    want = [float(formulas[approximate](mpmath.mpf(v))) for v in x]
+    np.testing.assert_allclose(nf.gelu(x, approximate), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_the_ends_of_the_line(approximate, dtype):
+    x = np.array([-np.inf, -1e30, -0.0, 0.0, 1e30, np.inf, np.nan], dtype)
+    t = nf.Tensor(x, requires_grad=True)
+    y = nf.gelu(t, approximate)
+    y.sum().backward()
+    np.testing.assert_array_equal(y.numpy(), np.maximum(np.where(np.isnan(x), np.nan, x), 0))
+    np.testing.assert_allclose(t.grad, [0, 0, 0.5, 0.5, 1, 1, np.nan], rtol=1e-6, atol=1e-44)
