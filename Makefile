@@ -22,7 +22,7 @@ help:
 	@echo "make old    the kernel tests of the baseline on an emulated processor without AVX (qemu-user)"
 	@echo "make arm    the same on an emulated aarch64 (cross compiler, qemu-user)"
 	@echo "make avx512 the kernel tests of AVX-512, its instructions made of those of AVX2 (SIMDe)"
-	@echo "make fuzz   random shapes, strides and types at every op (EXAMPLES=2000 each)"
+	@echo "make fuzz   random shapes, strides and types at every op (EXAMPLES=2000 each, ATTENTION=n: its features)"
 	@echo "make wheel  the wheel, in dist/"
 
 demo: $(VENV)/installed-demo
@@ -62,6 +62,7 @@ arm: $(VENV)/installed-dev
 
 fuzz: $(VENV)/installed-dev
 	NUMFORMER_EXAMPLES=$(or $(EXAMPLES),2000) $(BIN)/python -m pytest tests/test_properties.py
+	$(if $(ATTENTION),NUMFORMER_ATTENTION=$(ATTENTION) $(BIN)/python -m pytest tests/kernels/test_attention_features.py -k random)
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .

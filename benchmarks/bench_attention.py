@@ -12,7 +12,7 @@ from benchmarks.harness import Suite, normal, torch  # isort: skip
 
 import numpy as np
 
-from numformer import alibi_slopes, scaled_dot_product_attention
+from numformer import alibi_slopes, paged_attention, scaled_dot_product_attention
 from numformer.ops.attention import attention_backward, attention_forward
 
 # name: (B, H, Hkv, S, D, causal), goals of forward and backward
@@ -117,6 +117,19 @@ def decode(suite, name):
                   numformer=lambda: [scaled_dot_product_attention(*s, is_causal=True) for s in sets], torch=peer)
 
 
+def paged(suite):
+    batch, heads, kv_heads, keys, dim = 8, 32, 8, 4096, 128
+    q, k, v = arrays(batch, heads, kv_heads, 1, keys, dim)
+    table = np.random.default_rng(0).permutation(batch * keys // 16).reshape(batch, -1)
+    caches = [np.empty((table.size, 16, kv_heads, dim), np.float32) for _ in range(2)]
+    for cache, x in zip(caches, (k, v)):
+        cache[table] = x.reshape(batch, kv_heads, -1, 16, dim).transpose(0, 2, 3, 1, 4)
+    lengths = np.full(batch, keys)
+    suite.compare("decode B8 H32:8 4096 keys D128, blocks of 16", 2 * batch * kv_heads * keys * dim * 4, "read",
+                  goal="82 %", rounds=7, numformer=lambda: paged_attention(q, *caches, table, lengths),
+                  contiguous=lambda: scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
 def step(suite, name):
     batch, heads, kv_heads, keys, dim = STEP[name]
     q, k, v = arrays(batch, heads, kv_heads, 1, keys, dim)
@@ -137,6 +150,8 @@ def main():
     chosen = sys.argv[1:] or ["forward", "backward", "features", "decode", "step"]
     suite = Suite("attention")
     for which in chosen:
+        if which == "decode":
+            paged(suite)
         if which == "features":
             for name in FEATURES:
                 feature(suite, name)
