@@ -53,7 +53,6 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
-       nf_lookup_f32(table, index)                   table[index mod 32], lane by lane
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
        NF_OPAQUE(v)                                  from here on the compiler knows nothing
                                                      of the vector v

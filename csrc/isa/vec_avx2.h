@@ -109,12 +109,6 @@ nf_product_u32(vu32 a, uint32_t b, vu32 *high)
 #include "isa/scale.h"
 
 NF_INLINE vf32
-nf_lookup_f32(const float table[32], vi32 index)
-{
-    return (vf32)_mm256_i32gather_ps(table, (__m256i)(index & 31), 4);
-}
-
-NF_INLINE vf32
 nf_load_blocks_f32(const float *p, ptrdiff_t step)
 {
     const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(p));

@@ -122,13 +122,6 @@ nf_scale_f64(vf64 v, vf64 n)
 }
 
 NF_INLINE vf32
-nf_lookup_f32(const float table[32], vi32 index)
-{
-    return (vf32)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index,
-                                        _mm512_loadu_ps(table + 16));
-}
-
-NF_INLINE vf32
 nf_load_blocks_f32(const float *p, ptrdiff_t step)
 {
     __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));

@@ -127,13 +127,6 @@ nf_product_u32(vu32 a, uint32_t b, vu32 *high)
 #include "isa/scale.h"
 
 NF_INLINE vf32
-nf_lookup_f32(const float table[32], vi32 index)
-{
-    return (vf32){table[index[0] & 31], table[index[1] & 31], table[index[2] & 31],
-                  table[index[3] & 31]};
-}
-
-NF_INLINE vf32
 nf_load_blocks_f32(const float *p, ptrdiff_t step)
 {
     (void)step;
