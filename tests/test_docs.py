@@ -28,3 +28,8 @@ def test_the_files_that_a_page_points_to_exist(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} points to {target}"
+
+
+def test_the_readme_carries_the_table_of_the_recorded_benchmarks():
+    benchmarks = pytest.importorskip("benchmarks.__main__")
+    assert benchmarks.table() in (ROOT / "README.md").read_text()
