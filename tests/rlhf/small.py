@@ -1,6 +1,5 @@
 """Small models and prompts for these tests."""
 import numpy as np
-import pytest
 
 import numformer as nf
 from numformer import rlhf
@@ -28,18 +27,3 @@ def ppo(seed=0, policy=None, reference=None, reward_fn=liked, pretrain=None, mod
     numbers = {"batch": 16, "minibatch": 8, "epochs": 2, "max_new_tokens": 8, "eos_id": EOS, "lr": 3e-3} | options
     return rlhf.PPO(policy, reference, rlhf.ValueModel.from_gpt(policy, rng=np.random.default_rng(1)), reward_fn,
                     prompts(), rlhf.PPOConfig(**numbers), rng=np.random.default_rng(seed), pretrain=pretrain)
-
-
-def _bits_by_row():
-    """Whether a row of the experts' products has the same bits alone and in a batch."""
-    moe = gpt(n_expert=4).eval().as_arrays().blocks[0].mlp
-    x = np.random.default_rng(0).standard_normal((9, 16)).astype(np.float32)
-    return all(np.array_equal(moe(x)[i:i + 1], moe(x[i:i + 1])) for i in range(9))
-
-
-_by_numpy = pytest.mark.skipif(not _bits_by_row(), reason="NumPy's product in nf.moe.mlp: its bits depend on the batch")
-
-
-def with_experts_marked(kinds):
-    """The kinds as parameters of a test that needs products whose bits do not depend on the batch."""
-    return [pytest.param(kind, marks=_by_numpy) if kind == "experts" else kind for kind in kinds]

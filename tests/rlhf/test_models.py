@@ -4,7 +4,7 @@ import pytest
 
 import numformer as nf
 from numformer import rlhf
-from tests.rlhf.small import VOCAB, gpt, prompts, with_experts_marked
+from tests.rlhf.small import VOCAB, gpt, prompts
 
 KINDS = {"dense": {}, "experts": {"n_expert": 4}, "grouped, learned": {"n_kv_head": 1, "position": "learned"},
          "untied": {"tie_embedding": False, "norm": "layer", "activation": "gelu", "bias": True}}
@@ -36,7 +36,7 @@ def test_log_probs_and_entropies_are_those_of_the_full_forward(kind, temperature
         assert not logp.data[i, len(completion):].any() and not entropy.data[i, len(completion):].any()
 
 
-@pytest.mark.parametrize("kind", with_experts_marked(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_log_probs_have_the_same_bits_in_any_batch_and_on_the_tape(kind):
     model, (p, c) = gpt(**KINDS[kind]).eval(), pair(9)
     sequences = rlhf.Sequences.of(p, c)
@@ -81,7 +81,7 @@ def test_sequences_that_are_none_are_refused(p, c, message):
         rlhf.Sequences.of(p, c)
 
 
-@pytest.mark.parametrize("kind", with_experts_marked(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_no_bit_of_a_score(kind):
     model = rlhf.RewardModel.from_gpt(gpt(**KINDS[kind]), rng=np.random.default_rng(1)).eval()
     rows = prompts(6)

@@ -10,7 +10,7 @@ import pytest
 
 import numformer as nf
 from numformer import rlhf
-from tests.rlhf.small import EOS, LIKED, VOCAB, gpt, liked, ppo, prompts, with_experts_marked
+from tests.rlhf.small import EOS, LIKED, VOCAB, gpt, liked, ppo, prompts
 
 KINDS = {"dense": {}, "experts": {"n_expert": 4}, "dropout": {"dropout": 0.3},
          "untied": {"tie_embedding": False, "position": "learned", "n_kv_head": 1}}
@@ -37,7 +37,7 @@ def test_the_first_kl_is_exactly_0_and_the_first_ratio_exactly_1(kind, temperatu
     assert len(seen) == 3 and all((ratio == 1).all() for ratio in seen)
 
 
-@pytest.mark.parametrize("kind", with_experts_marked(["dense", "experts"]))
+@pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_log_probs_of_a_rollout_are_those_of_the_cached_steps_that_sampled_it(kind, monkeypatch):
     """No old log-probability depends on the batch or on the cache: the bits of decoding are those of training."""
     steps, sample = [], nf.models.gpt.sample
