@@ -6,13 +6,19 @@ import numpy as np
 _erfc = np.vectorize(math.erfc, otypes=[float])
 
 
+def gated(x, z):
+    """x / (1 + exp(-z)); its left tail too, where exp(-z) overflows and the result is not yet 0."""
+    half = np.exp(np.minimum(z, 0) / 2)
+    return x * half / (1 + np.exp(-np.abs(z))) * half
+
+
 def gelu(x, approximate="none"):
     x = np.asarray(x, np.float64)
     if approximate == "none":
         return 0.5 * x * _erfc(-x / math.sqrt(2)) if x.size else x
     if approximate == "quick":
-        return x / (1 + np.exp(-1.702 * x))
-    return x / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return gated(x, 1.702 * x)
+    return gated(x, 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 def softmax(x):

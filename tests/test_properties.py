@@ -51,7 +51,7 @@ class Case:
     def shape(self, low=1, high=4):
         return tuple(self.size(0, 9) for _ in range(self.draw(st.integers(low, min(high, 2) if self.smooth else high))))
 
-    def floats(self, *shape, wide=False, dtype=None):
+    def floats(self, *shape, wide=False, dtype=None, broadcast=True):
         """Normal numbers; of any magnitude where `wide`; some of them not finite where the case is special."""
         x = self.rng.standard_normal(shape)
         if wide and not self.smooth:
@@ -59,18 +59,21 @@ class Case:
         if self.special and x.size:
             x.flat[self.rng.integers(0, x.size, 2)] = self.rng.choice([np.nan, np.inf, -np.inf, 0.0, -0.0], 2)
         with np.errstate(over="ignore"):
-            return self.place(x.astype(dtype or self.dtype))
+            return self.place(x.astype(dtype or self.dtype), broadcast)
 
     def integers(self, low, high, *shape, dtype=np.int64):
         return self.place(self.rng.integers(low, high, shape).astype(dtype))
 
     def place(self, values, broadcast=True):
-        """`values` in memory: axes in any order, steps of either sign, broadcast axes, gaps, any address, read-only."""
+        """`values` in memory: axes in any order, steps of either sign, broadcast axes (or none, or "rows": all but the
+        last), gaps, any address, read-only."""
         if self.pick(True, True, False):
             order, steps = list(range(values.ndim)), [1] * values.ndim
         else:
             order = self.draw(st.permutations(range(values.ndim)))
             steps = [self.pick(1, 1, 2, -1, -2, 0 if broadcast else 1) for _ in order]
+            if broadcast == "rows" and steps:
+                steps[-1] = steps[-1] or 1
         kept = [slice(None) if step else slice(0, 1) for step in steps]
         held = values[..., *kept]
         lead = self.pick(*(0, 0, 8, 24) if self.smooth else (0, 0, 0, 8, 24, 1))
@@ -103,8 +106,9 @@ class Case:
         change = self.pick("dtype", "order of bytes", "axis less", "axis more", "cut", "None", "list")
         if change == "dtype":
             with np.errstate(all="ignore"):
-                x = np.nan_to_num(x).astype(self.pick(np.float16, np.float32, np.float64, np.int32, np.uint8, np.bool_,
-                                                      np.complex64, object))
+                x = np.nan_to_num(x, posinf=9, neginf=-9)
+                x = x.astype(self.pick(np.float16, np.float32, np.float64, np.int32, np.uint8, np.bool_, np.complex64,
+                                       object))
         elif change == "order of bytes":
             x = x.astype(x.dtype.newbyteorder())
         elif change == "axis less":
@@ -124,9 +128,9 @@ class Case:
         """Somewhere to write: memory of its own, of a kind that may be refused, or an input's."""
         kind = self.pick("own", "own", "strided", "read-only", "shape", "dtype", "an input's")
         if kind == "an input's" and type(arrays[0]) is np.ndarray and arrays[0].size:
-            of = next(m for m, _ in self.memory if np.shares_memory(m, arrays[0]))
+            of = next((m for m, _ in self.memory if np.shares_memory(m, arrays[0])), None)      # None: spoiled
             start = self.pick(0, 8, 24)
-            if start + math.prod(shape) * self.dtype.itemsize <= of.nbytes:
+            if of is not None and start + math.prod(shape) * self.dtype.itemsize <= of.nbytes:
                 return np.ndarray(shape, self.dtype, of, start)
         if kind == "shape":
             shape = (*shape, 1)
@@ -154,7 +158,7 @@ def ended(f):
     return formula
 
 
-silu = ended(lambda x: wide(x) / (1 + np.exp(-wide(x))))
+silu = ended(lambda x: oracle.gated(wide(x), wide(x)))
 gelu = ended(oracle.gelu)
 ACTIVATIONS = {None: lambda x: x, "relu": lambda x: np.maximum(x, 0), "silu": silu, "gelu": gelu,
                "gelu_tanh": lambda x: gelu(x, "tanh"), "gelu_quick": lambda x: gelu(x, "quick")}
@@ -188,6 +192,10 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, reduction="m
 def entropy(logits, temperature=1.0):
     p, logp = softmax(wide(logits) / temperature), log_softmax(wide(logits) / temperature)
     return -np.where(p == 0, 0, p * logp).sum(-1)
+
+
+def layer_norm(x, weight, bias, eps):
+    return oracle.layer_norm(x, weight, 0 if bias is None else bias, eps)
 
 
 def rotary(x, cos, sin, interleaved=False, rotary_dim=None):
@@ -240,7 +248,9 @@ def _same(count, any_magnitude=True, **options):
 def _norm(vectors, rows=1):
     def arguments(c):
         shape = (*c.shape(0, 3), c.size(1, 70))
-        return ([c.floats(*shape) for _ in range(rows)] + [c.floats(shape[-1]) for _ in range(vectors)],
+        # A row of one number throughout is mean exactly or to a rounding: times inf, NaN or inf.
+        return ([c.floats(*shape, broadcast="rows") for _ in range(rows)]
+                + [c.floats(shape[-1]) for _ in range(vectors)],
                 {"eps": c.pick(1e-5, 1e-2)})
     return arguments
 
@@ -318,7 +328,7 @@ def _grouped(c):
     groups, depth, width = c.size(0, 4), c.size(0, 20), c.size(0, 20)
     offsets = np.cumsum([0] + [c.size(0, 6) for _ in range(groups)])
     return ([c.floats(offsets[-1], depth), c.floats(groups, width, depth), c.pick(None, c.floats(groups, width)),
-             c.place(offsets)], {})
+             c.place(offsets, broadcast=False)], {})
 
 
 def grouped(x, weight, bias, offsets):
@@ -386,10 +396,10 @@ OPS = {
     "geglu": Op(_same(2, False, approximate=FORMS), nf.geglu,
                 lambda gate, up, approximate: gelu(gate, approximate) * up, 2, 1e-6),
     "bias_gelu": Op(_bias_gelu, nf.bias_gelu, lambda x, bias, approximate: gelu(x + bias, approximate), 2, 1e-5),
-    "layer_norm": Op(_norm(2), nf.layer_norm, oracle.layer_norm, 3),
+    "layer_norm": Op(_norm(2), nf.layer_norm, layer_norm, 3),
     "rms_norm": Op(_norm(1), nf.rms_norm, oracle.rms_norm, 2),
     "add_layer_norm": Op(_norm(2, 2), nf.add_layer_norm,
-                         lambda x, r, w, b, eps: (oracle.layer_norm(wide(x) + r, w, b, eps), wide(x) + r), 4),
+                         lambda x, r, w, b, eps: (layer_norm(wide(x) + r, w, b, eps), wide(x) + r), 4),
     "add_rms_norm": Op(_norm(1, 2), nf.add_rms_norm,
                        lambda x, r, w, eps: (oracle.rms_norm(wide(x) + r, w, eps), wide(x) + r), 3),
     "softmax": Op(_softmax, nf.softmax, softmax, 1),

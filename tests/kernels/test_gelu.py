@@ -16,6 +16,12 @@ def test_matches_the_float64_formula(n, approximate):
     np.testing.assert_allclose(nf.gelu(x, approximate), oracle.gelu(x, approximate), rtol=1e-6, atol=1e-20)
 
 
+@pytest.mark.parametrize(("approximate", "least"), [("none", -39.0), ("tanh", -22.0), ("quick", -440.0)])
+def test_float64_is_right_down_to_the_denormals(approximate, least):
+    x = np.linspace(least, 6, 20001)
+    np.testing.assert_allclose(nf.gelu(x, approximate), oracle.gelu(x, approximate), rtol=1e-11, atol=2e-323)
+
+
 def test_bits_do_not_depend_on_threads_strides_or_company(threads):
     x = np.random.default_rng(0).standard_normal((300, 401)).astype(np.float32)
     whole = nf.gelu(x)

@@ -37,7 +37,8 @@ def gelu(x, approximate="none", *, out=None):
     approximate : {"none", "tanh", "quick"}
         "none": ``x Phi(x)``, Phi the normal distribution function (torch's default). "tanh":
         ``x / (1 + exp(-2 sqrt(2/pi) (x + 0.044715 x^3)))``, which is the tanh form of the paper (GPT-2). "quick":
-        ``x / (1 + exp(-1.702 x))`` (CLIP). Each to 2 ULP on the whole line, the negative tail included.
+        ``x / (1 + exp(-1.702 x))`` (CLIP). float32: each to 2 ULP on the whole line, the negative tail included;
+        float64: to 1e-11.
     out : ndarray, optional
         Where to write the result; may be `x` itself, unless `x` is a Tensor.
 

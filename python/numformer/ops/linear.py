@@ -100,7 +100,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
 def grouped_linear_forward(x, weight, offsets, bias=None):
     """Return ``(y, saved)``; `saved` is what :func:`grouped_linear_backward` needs."""
     x, weight = as_floats(x, "grouped_linear", "x"), as_floats(weight, "grouped_linear", "weight")
-    offsets = np.ascontiguousarray(as_array(offsets, "grouped_linear", "offsets"))
+    offsets = np.asarray(as_array(offsets, "grouped_linear", "offsets"), order="C")
     return _core.grouped_linear(x, weight, offsets, bias, False), (x, weight, offsets, bias is not None)
 
 
