@@ -134,6 +134,11 @@ def test_the_gradient_given_to_backward_is_not_kept():
     x.backward(g)
     np.testing.assert_array_equal(g, 1)
     np.testing.assert_array_equal(x.grad, 2)
+    a, b = leaf(1.0, 2.0), leaf(3.0, 4.0)
+    add(a, add(b, b)).backward(g)
+    x.reshape(2, 1).reshape(2).backward(g)
+    np.testing.assert_array_equal(g, 1)
+    assert not any(np.shares_memory(t.grad, g) for t in (a, b, x))
 
 
 def test_a_gradient_of_a_wrong_shape_is_an_error():
