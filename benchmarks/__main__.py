@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.units import amount
+
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
 BEGIN, END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->\n"
@@ -38,19 +40,12 @@ def row_of(row):
     def rate(entry):
         if row["roof_kind"]:
             return f"{100 * entry['share']['median']:.0f} % of {row['roof_kind']}"
-        return amount(row["name"], entry["rate"]["median"])
+        return amount(entry["rate"]["median"], row["unit"])
 
     (_, ours), *peers = row["entries"].items()
     theirs = "; ".join(f"{label} {rate(entry)}" for label, entry in peers)
     ratios = "; ".join(spread(entry["ratio"]) for _, entry in peers)
     return f"| {row['name']} | {rate(ours)} | {theirs} | {ratios} | {row['goal'] or ''} |"
-
-
-def amount(name, rate):
-    """A rate without a roof: things a second where the name says which (counted in 1e9), else elements or ops."""
-    if name.endswith("/s"):
-        return f"{rate / 1e9:,.0f}" if rate >= 1e11 else f"{rate / 1e9:.2g}"
-    return f"{rate / 1e9:.3g} G/s" if rate >= 1e8 else f"{rate / 1e6:.2f} M/s"
 
 
 def spread(ratio):

@@ -42,7 +42,7 @@ def main():
         for form, goal in GOALS.items():
             memory = shape == MEMORY
             suite.compare(f"gelu {form}, {where}", x.nbytes * 2 if memory else x.size, "copy" if memory else None,
-                          goal=None if memory else goal, **functions(form, x, out))
+                          unit=None if memory else "elements", goal=None if memory else goal, **functions(form, x, out))
     x, bias, gate = normal(2048, 1024), normal(1024), normal(2048, 1024)
     tx, tb, tg = (torch.from_numpy(a) for a in (x, bias, gate)) if torch else (None,) * 3
 
@@ -54,10 +54,10 @@ def main():
         with torch.no_grad():
             torch.nn.functional.silu(tg) * tx
 
-    suite.compare("bias_gelu none, 2 M elements", x.size, None, numformer=lambda: nf.bias_gelu(x, bias),
-                  torch=torch and their_bias)
-    suite.compare("swiglu, 2 M elements", x.size, None, numformer=lambda: nf.swiglu(gate, x),
-                  torch=torch and their_swiglu)
+    suite.compare("bias_gelu none, 2 M elements", x.size, None, unit="elements",
+                  numformer=lambda: nf.bias_gelu(x, bias), torch=torch and their_bias)
+    suite.compare("swiglu, 2 M elements", x.size, None, unit="elements",
+                  numformer=lambda: nf.swiglu(gate, x), torch=torch and their_swiglu)
     suite.finish()
 
 

@@ -96,7 +96,7 @@ def decode(suite, name, prompt=16, new=96):
                     position += tokens.shape[1]
                     tokens = torch.multinomial(logits.softmax(-1), 1)
 
-    suite.compare(f"decoding, {name}, tokens/s", new * batch * 1e9, None, goal=goal, rounds=7, numformer=ours,
+    suite.compare(f"decoding, {name}", new * batch, None, unit="tokens", goal=goal, rounds=7, numformer=ours,
                   torch=their_decode)
 
 

@@ -20,10 +20,10 @@ def megabytes(folder):
 
 def main():
     suite = Suite("import")
-    row = suite.compare("import in a fresh interpreter, imports/s", 1e9, None, goal="60 ms above NumPy's", rounds=9,
+    row = suite.compare("import in a fresh interpreter", 1, None, unit="imports", goal="60 ms above NumPy's", rounds=9,
                         numformer=importing("numformer"), numpy=importing("numpy"),
                         torch=importing("torch") if torch else None)
-    times = {label: 1e12 / entry["rate"]["median"] for label, entry in row["entries"].items()}
+    times = {label: 1e3 / entry["rate"]["median"] for label, entry in row["entries"].items()}
     print("; ".join(f"{label} {ms:.0f} ms" for label, ms in times.items()),
           f"; above NumPy: {times['numformer'] - times['numpy']:.0f} ms")
     print(f"on disk: numformer {megabytes(Path(numformer.__file__).parent):.1f} MB"

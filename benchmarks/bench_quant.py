@@ -80,7 +80,7 @@ def row(suite):
                       goal="85 % of read" if rows == 1 else None,
                       numformer=lambda rows=rows: [quant.linear(x[rows], q) for q in qs],
                       onnxruntime=over(ort, x[rows]))
-    suite.compare(f"4 bits g128, 1 x {SIZE} x {SIZE}, products/s", 1e9 * len(qs), None,
+    suite.compare(f"4 bits g128, 1 x {SIZE} x {SIZE}, beyond cache, products", len(qs), None, unit="products",
                   numformer=lambda: [quant.linear(x[1], q) for q in qs],
                   torch_float32=over(floats * (len(qs) // 2), x[1]) if torch else None)
 
@@ -116,7 +116,8 @@ def int8(suite):
 def small(suite):
     for n, k in [(128, 128), (512, 128), (1536, 384)]:
         q, x, floats = weights(n, k), normal(1, k), torch_linear(n, k)
-        suite.compare(f"4 bits g128, 1 x {n} x {k}, calls/s", 1e9, None, numformer=lambda q=q, x=x: quant.linear(x, q),
+        suite.compare(f"4 bits g128, 1 x {n} x {k}", 1, None, unit="calls",
+                      numformer=lambda q=q, x=x: quant.linear(x, q),
                       torch_float32=floats and (lambda floats=floats, x=x: floats(x)))
 
 

@@ -34,8 +34,9 @@ def main():
         for _ in range(OPS):
             y = y + x
 
-    suite.compare("1000 empty ops, recorded", OPS, None, goal="0.4 M op/s (2.5 us)", numformer=lambda: _chain(x))
-    suite.compare("1000 empty ops, recorded and walked back", OPS, None, numformer=both)
+    suite.compare("1000 empty ops, recorded", OPS, None, unit="ops", goal="0.4 M ops/s (2.5 us)",
+                  numformer=lambda: _chain(x))
+    suite.compare("1000 empty ops, recorded and walked back", OPS, None, unit="ops", numformer=both)
     theirs = None
     if torch is not None:
         t = torch.ones(4, requires_grad=True)
@@ -45,7 +46,7 @@ def main():
             for _ in range(OPS):
                 y = y + t
 
-    suite.compare("1000 additions of 4 numbers, recorded", OPS, None, numformer=add, torch=theirs)
+    suite.compare("1000 additions of 4 numbers, recorded", OPS, None, unit="ops", numformer=add, torch=theirs)
     suite.finish()
 
 

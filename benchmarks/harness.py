@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import THREADS
+from benchmarks.units import amount
 from numformer import _core
 
 try:
@@ -26,7 +27,7 @@ except ImportError:
 
 _core.set_num_threads(THREADS)
 
-_UNITS = {"fma": "GFLOP/s", "dot": "GOP/s", "read": "GB/s", "copy": "GB/s", None: "G/s"}
+_UNITS = {"fma": "FLOP", "dot": "OP", "read": "B", "copy": "B"}
 _LEAST_SECONDS = 0.02           # what is quicker is repeated until it takes this long
 _BUFFER = 64 << 20              # float32 elements: 256 MB, beyond every cache
 
@@ -92,16 +93,19 @@ class Suite:
         self.title = title
         self.rows = []
 
-    def compare(self, name, work, roof="fma", *, goal=None, rounds=9, **functions):
+    def compare(self, name, work, roof="fma", *, unit=None, goal=None, rounds=9, **functions):
         """Measure `functions` (name=function, ours first; None is left out) at `work` operations or bytes a call.
 
-        `roof` is "fma", "dot", "read", "copy" or None; `goal` is text for the table. Returns the row.
+        `roof` is "fma", "dot", "read" or "copy"; or None, and `unit` then says what `work` counts ("elements",
+        "calls" ...). `goal` is text for the table. Returns the row.
         """
+        if (roof is None) == (unit is None):
+            raise ValueError(f"compare: give a roof or a unit, got {roof!r} and {unit!r}")
         functions = {label: f for label, f in functions.items() if f is not None}
         rates, tops = self._rounds(functions, work, roof, rounds)
         ours = next(iter(functions))
         row = {"name": name, "work": work, "roof_kind": roof, "goal": goal, "roof": statistics.median(tops),
-               "unit": _UNITS[roof], "entries": {}}
+               "unit": unit or _UNITS[roof], "entries": {}}
         for label, values in rates.items():
             shares = [v / t for v, t in zip(values, tops, strict=True)]
             ratios = [a / b for a, b in zip(rates[ours], values, strict=True)]
@@ -134,10 +138,11 @@ class Suite:
     def _line(row):
         parts = []
         for i, (label, entry) in enumerate(row["entries"].items()):
-            rate = f"{entry['rate']['median'] / 1e9:.3g} {row['unit']}"
-            text = f"{label} {100 * entry['share']['median']:.0f} %" if row["roof_kind"] else f"{label} {rate}"
-            if i == 0 and row["roof_kind"]:
-                text += f" of {row['roof'] / 1e9:.4g} {row['unit']}"
+            if row["roof_kind"]:
+                text = f"{label} {100 * entry['share']['median']:.0f} %"
+                text += f" of {amount(row['roof'], row['unit'])}" if i == 0 else ""
+            else:
+                text = f"{label} {amount(entry['rate']['median'], row['unit'])}"
             if i:
                 ratio = entry["ratio"]
                 text += f", {ratio['median']:.2f}x [{ratio['min']:.2f}-{ratio['max']:.2f}]"

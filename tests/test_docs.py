@@ -33,3 +33,11 @@ def test_the_files_that_a_page_points_to_exist(page):
 def test_the_readme_carries_the_table_of_the_recorded_benchmarks():
     benchmarks = pytest.importorskip("benchmarks.__main__")
     assert benchmarks.table() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("rate", "unit", "text"), [
+    (54.32e9, "FLOP", "54.3 GFLOP/s"), (1.69e9, "elements", "1.69 G elements/s"), (5.3e8, "B", "530 MB/s"),
+    (2232.4, "tokens", "2,232 tokens/s"), (8.03, "imports", "8 imports/s")])
+def test_a_rate_says_what_it_counts(rate, unit, text):
+    units = pytest.importorskip("benchmarks.units")
+    assert units.amount(rate, unit) == text
