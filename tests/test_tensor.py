@@ -119,6 +119,51 @@ def test_checkpoint_reads_parameters_though_its_inputs_need_no_gradient():
     np.testing.assert_array_equal(weight.grad, [5.0, 7.0])
 
 
+def test_what_a_checkpointed_function_makes_and_does_not_return_is_refused_outside_of_it():
+    x, weight, kept = leaf(0.5, -1.5), leaf(2.0, 3.0), []
+
+    def function(t):
+        kept[:] = multiply(t, weight), multiply(weight, weight), nf.linear(t.reshape(1, 2), weight.reshape(1, 2))
+        return add(kept[0], kept[1])
+
+    def outer(t):
+        kept.append(checkpoint(function, t))
+        return add(kept[-1], t)
+
+    y = checkpoint(function, x)
+    lost = list(kept)
+    checkpoint(outer, x)
+    assert len(kept) == 4
+    for t in lost + kept:
+        assert not t.requires_grad
+        with pytest.raises(RuntimeError, match="multiply: a tensor that was made inside a checkpointed function"):
+            nf.ops.arithmetic.multiply(t, 2.0)
+        with pytest.raises(RuntimeError, match=r"checkpoint: .* return it from the function"):
+            checkpoint(lambda s: add(s, s), t)
+        with pytest.raises(RuntimeError, match=r"backward: .* return it from the function"):
+            t.backward(np.ones(t.shape))
+        with no_grad():
+            assert multiply(t, t).shape == t.shape
+        assert multiply(t.detach(), x if t.ndim == 1 else 2.0).shape == t.shape
+    y.backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, weight.data)
+
+
+def test_what_a_checkpointed_function_makes_under_no_grad_is_a_constant():
+    x, kept = leaf(0.5, -1.5), []
+
+    def function(t):
+        with no_grad():
+            kept[:] = [multiply(t, t)]
+        return multiply(t, t)
+
+    checkpoint(function, x)
+    assert multiply(kept[0], x).requires_grad
+    with no_grad():
+        kept[:] = [checkpoint(lambda t: kept.append(multiply(t, t)) or t, x), *kept]
+    assert all(multiply(t, x).requires_grad for t in kept)
+
+
 def test_a_gradient_delivered_to_two_tensors_is_never_written_to():
     a, b = leaf(1.0, 2.0), leaf(3.0, 4.0)
     s = add(a, b)                                   # hands one array to both

@@ -125,9 +125,7 @@ def test_checkpointed_blocks_give_the_same_bits_and_gradients_with_dropout_and_l
     ids = tokens(8, 65)
 
     def run(checkpointed):
-        model = gpt(n_embd=64, n_layer=6, block_size=64, dropout=0.1).train()
-        if checkpointed:
-            model.blocks = [_Checkpointed(block) for block in model.blocks]
+        model = gpt(n_embd=64, n_layer=6, block_size=64, dropout=0.1, recompute=checkpointed).train()
         nf.empty_cache()
         loss = model.loss(ids[:, :-1], ids[:, 1:])
         held = nf.memory_stats()
@@ -142,12 +140,41 @@ def test_checkpointed_blocks_give_the_same_bits_and_gradients_with_dropout_and_l
     assert less["in_use"] < held["in_use"] / 3
 
 
-class _Checkpointed(nf.nn.Module):
-    def __init__(self, block):
-        self.block, self.mlp = block, block.mlp
+def test_the_losses_of_checkpointed_experts_have_the_same_bits_and_gradients():
+    ids = tokens(4, 17)
 
-    def __call__(self, x, *rest):
-        return nf.checkpoint(lambda x: self.block(x, *rest), x, rng=self.block.drop.rng)
+    def run(checkpointed):
+        model = gpt(n_expert=4, n_layer=3, dropout=0.1, load_balancing=0.5, recompute=checkpointed).train()
+        losses = []
+        for _ in range(2):          # the second finds the routing of the first
+            loss = model.loss(ids[:, :-1], ids[:, 1:])
+            for routing in model.routings():
+                loss = loss + (routing.weight * routing.weight).sum() * 0.25
+            loss.backward()
+            losses.append(loss.item())
+        return losses, {name: p.grad for name, p in model.named_parameters()}, model.expert_load()
+
+    (losses, gradients, load), (again, others, same) = run(False), run(True)
+    assert losses == again
+    for name, gradient in gradients.items():
+        np.testing.assert_array_equal(others[name], gradient, err_msg=name)
+    np.testing.assert_array_equal(load, same)
+
+
+def test_experts_checkpointed_without_their_routing_are_refused_by_the_loss():
+    model, ids = gpt(n_expert=4).train(), tokens(4, 16)
+    block = model.blocks[0]
+    x, rotary = model.enter(ids)
+    nf.checkpoint(lambda x: block(x, rotary, None, 0), x, rng=model.rng)
+    with pytest.raises(RuntimeError, match=r"load_balancing_loss: .* nf\.nn\.checkpoint does so with the routing"):
+        nf.moe.load_balancing_loss(block.mlp.routing)
+
+
+def test_recomputing_changes_nothing_where_nothing_is_recorded():
+    model, ids = gpt(n_expert=4, recompute=True), tokens(2, 9)
+    assert model.generate([1, 2, 3], 5, temperature=0) == gpt(n_expert=4).generate([1, 2, 3], 5, temperature=0)
+    with nf.no_grad():
+        np.testing.assert_array_equal(model.eval()(ids).data, gpt(n_expert=4).eval()(ids).data)
 
 
 def test_training_with_dropout_is_reproducible():

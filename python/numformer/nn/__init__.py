@@ -3,6 +3,7 @@ from numformer.nn import init as init
 from numformer.nn.attention import KVCache as KVCache
 from numformer.nn.attention import MultiHeadAttention as MultiHeadAttention
 from numformer.nn.attention import rotary_tables as rotary_tables
+from numformer.nn.checkpoint import checkpoint as checkpoint
 from numformer.nn.layers import Dropout as Dropout
 from numformer.nn.layers import Embedding as Embedding
 from numformer.nn.layers import LayerNorm as LayerNorm

@@ -7,7 +7,7 @@ import numpy as np
 from numformer import _core
 from numformer._core import pooled
 from numformer.ops.arguments import as_array, as_floats
-from numformer.tensor import Tensor, apply, is_recording
+from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
            "linear_forward"]
@@ -90,9 +90,10 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
             type(residual) is not Tensor:
         return _core.linear(x, weight, bias, residual, _number(activation), out, False)
     if not is_recording():
-        x, weight, bias, residual = (t.data if type(t) is Tensor else t for t in (x, weight, bias, residual))
+        inputs = x, weight, bias, residual
+        x, weight, bias, residual = (t.data if type(t) is Tensor else t for t in inputs)
         x, weight = as_array(x, "linear", "x"), as_array(weight, "linear", "weight")
-        return Tensor(_core.linear(x, weight, bias, residual, _number(activation), out, False))
+        return unrecorded(_core.linear(x, weight, bias, residual, _number(activation), out, False), inputs)
     return apply(linear_forward, linear_backward, x, weight, bias, residual, activation=activation, out=out,
                  wanted=_wanted((x, weight)))
 
