@@ -123,8 +123,60 @@ def test_a_quantization_config_that_does_not_fit_is_an_error(tmp_path, change, m
         nf.models.load(tmp_path)
 
 
+EIGHT = QuantSpec(bits=8, group_size=None)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_quantized_where_asked(tmp_path, tied, method):
+    pytest.importorskip("safetensors")
+    model = gpt(tie_embedding=tied, n_expert=2, recompute=True)
+    small, report = compress.quantize_model(model, SPEC, method, batches(6), embedding=EIGHT, head=EIGHT)
+    assert small.embedding.weight.spec == EIGHT and type(model.embedding.weight) is nf.Tensor
+    nearest = nf.quant.quantize(model.embedding.weight.data, EIGHT)
+    np.testing.assert_array_equal(small.embedding.weight.data, nearest.data)
+    assert small.head is None if tied else small.head.spec == EIGHT
+    names = [r.name for r in report.layers]
+    assert names[0] == "embedding.weight" and (names[-1] == "head") == (not tied)
+    assert report.layers[0].method == "rtn" and report.layers[-1].method == method
+    tokens, targets = batches(1, seed=9)[0]
+    with nf.no_grad():
+        logits, loss = small(tokens).data, float(small.loss(tokens, targets))
+        full = float(model.eval().loss(tokens, targets))
+    twin = small.as_arrays()
+    assert logits.dtype == np.float32 and abs(loss - full) < 0.1
+    np.testing.assert_array_equal(logits, nf.quant.linear(twin.hidden(tokens), small.output_weight))
+    np.testing.assert_array_equal(twin.enter(tokens)[0],
+                                  small.embedding.weight.dequantize()[tokens] * np.float32(small.scale))
+    row = small.generate([1, 2, 3], 5, temperature=0)
+    assert row[3] == twin(np.array([[1, 2, 3]]))[0, -1].argmax()
+    small.save_pretrained(tmp_path)
+    again = nf.models.load(tmp_path)
+    np.testing.assert_array_equal(again.as_arrays()(tokens), logits)
+    assert again.generate([1, 2, 3], 5, temperature=0) == row
+    assert report.nbytes == sum(a.nbytes for a in again.state_dict().values())
+
+
+def test_a_head_alone_is_fitted_to_what_the_quantized_model_gives_it():
+    model, data = gpt(n_layer=1, tie_embedding=False), batches(8)
+    small, report = compress.quantize_model(model, SPEC, "gptq", data, head=SPEC)
+    assert type(small.embedding.weight) is nf.Tensor
+    twin = small.as_arrays()
+    rows = np.concatenate([twin.hidden(tokens) for tokens, _ in data]).reshape(-1, 32)
+    expected, single = nf.quant.gptq(model.head.data, rows, SPEC)
+    np.testing.assert_array_equal(small.head.data, expected.data)
+    assert report.layers[-1].output_error == single.output_error
+    only, _ = compress.quantize_model(model, SPEC, embedding=SPEC)
+    assert type(only.head) is nf.Tensor and type(only.embedding.weight) is QuantizedWeight
+
+
 def test_bad_requests_are_refused():
     model = gpt()
+    for specs in {"head": EIGHT}, {"embedding": EIGHT}, {"embedding": EIGHT, "head": SPEC}:
+        with pytest.raises(ValueError, match="give embedding and head the same spec"):
+            compress.quantize_model(model, SPEC, **specs)
+    with pytest.raises(TypeError, match="quantize_model: head: spec must be a QuantSpec, got int"):
+        compress.quantize_model(model, SPEC, head=8)
     with pytest.raises(ValueError, match='"rtn" or "gptq"'):
         compress.quantize_model(model, SPEC, "awq")
     with pytest.raises(ValueError, match="needs calibration batches"):

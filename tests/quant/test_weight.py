@@ -153,3 +153,18 @@ def test_bad_arrays_are_named():
         QuantizedWeight.from_integers(q.spec, np.array([[0, 16]]), q.scales[:1], q.zeros[:1])
     with pytest.raises(ValueError, match="zeros were given"):
         QuantizedWeight(QuantSpec(4, None), (4, 5), arrays["data"], arrays["scales"], arrays["zeros"])
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(4, 16), QuantSpec(4, 16, symmetric=False), QuantSpec(8, None)])
+def test_a_lookup_gives_the_rows_of_the_dequantized_weight(spec):
+    q = quant.quantize(np.random.default_rng(0).standard_normal((10, 33)), spec)
+    for ids in np.array([[3, 9], [0, 3]]), np.uint8(4), np.zeros((0,), int):
+        np.testing.assert_array_equal(quant.embedding(ids, q), q.dequantize()[ids])
+    with pytest.raises(ValueError, match=r"within 0 \.\. 9, got 10 at position 2"):
+        quant.embedding([[1, 2], [10, -1]], q)
+    with pytest.raises(ValueError, match="got -1 at position 0"):
+        quant.embedding(-1, q)
+    with pytest.raises(TypeError, match="ids must be an array of integers, got float64"):
+        quant.embedding([1.0], q)
+    with pytest.raises(TypeError, match="must be a QuantizedWeight, got ndarray"):
+        quant.embedding([1], np.ones((2, 2)))

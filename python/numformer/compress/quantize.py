@@ -11,6 +11,7 @@ import numformer as nf
 from numformer.compress.importance import take
 from numformer.nn.layers import project
 from numformer.ops.gated import swiglu_halves
+from numformer.quant.weight import as_spec
 
 __all__ = ["LayerReport", "ModelReport", "quantize_model"]
 
@@ -64,10 +65,12 @@ class ModelReport:
         return "\n".join(lines)
 
 
-def quantize_model(model, spec=None, method="rtn", batches=None, *, held_out=None, count=None, min_rows=64, **options):
+def quantize_model(model, spec=None, method="rtn", batches=None, *, embedding=None, head=None, held_out=None,
+                   count=None, min_rows=64, **options):
     """Return a model whose attention and feed-forward weights are quantized, and a report.
 
-    Embedding, norms, router and an output matrix of its own stay floats. The new model shares them with `model`.
+    Norms, router, learned positions and, unless `embedding` and `head` say otherwise, embedding and output matrix stay
+    floats. The new model shares them with `model`.
 
     Parameters
     ----------
@@ -78,6 +81,11 @@ def quantize_model(model, spec=None, method="rtn", batches=None, *, held_out=Non
         Round to nearest, or :func:`numformer.quant.gptq`.
     batches : iterable of (tokens, ...)
         Calibration, which GPTQ needs; with "rtn" for the output errors of the report alone.
+    embedding : QuantSpec, optional
+        Quantize the embedding like this, 8 bits for example: to nearest, for a lookup has no inputs to fit it to.
+    head : QuantSpec, optional
+        Quantize the output matrix like this, by `method`. Where it is the embedding too (``tie_embedding``) give both
+        the same: one matrix, rounded to nearest, serves as both.
     held_out : iterable of (tokens, ...), optional
         What the output errors are measured on; without it that is `batches`, and the report says so.
     count : int, optional
@@ -96,7 +104,7 @@ def quantize_model(model, spec=None, method="rtn", batches=None, *, held_out=Non
     Raises
     ------
     ValueError
-        If the method is none of these, or GPTQ is given no batches.
+        If the method is none of these, GPTQ is given no batches, or a tied embedding and head not the same spec.
     TypeError
         If the model is no GPT of float32 that is not quantized yet.
     """
@@ -114,11 +122,22 @@ def quantize_model(model, spec=None, method="rtn", batches=None, *, held_out=Non
         raise ValueError(f'quantize_model: "rtn" takes no {", ".join(options)}')
     fit = [] if batches is None else take(batches, count, "quantize_model")
     test = [] if held_out is None else take(held_out, count, "quantize_model")
+    tied = model.head is None
+    for name, given in ("embedding", embedding), ("head", head):
+        if given is not None:
+            as_spec(given, f"quantize_model: {name}")
+    if tied and embedding != head:
+        raise ValueError("quantize_model: the model's embedding is its output matrix too (tie_embedding): give "
+                         f"embedding and head the same spec, got {embedding} and {head}")
     before = sum(a.nbytes for a in model.state_dict().values())
     new = model.shared().eval()
     quantizer = _Quantizer(nf.quant.QuantSpec() if spec is None else spec, method, min_rows, options)
     with nf.no_grad():
-        _walk(new, quantizer, [tokens for tokens, *_ in fit], [tokens for tokens, *_ in test])
+        if embedding is not None:
+            new.embedding.weight = quantizer("embedding.weight", model.embedding.weight.data, None, None, embedding)
+        finals = _walk(new, quantizer, [tokens for tokens, *_ in fit], [tokens for tokens, *_ in test])
+        if head is not None and not tied:
+            new.head = quantizer("head", model.head.data, *finals, head)
     weights = [w for _, w in new.named_quantized()]
     bits = 8 * sum(w.nbytes for w in weights) / sum(w.shape[0] * w.shape[1] for w in weights)
     return new, ModelReport(quantizer.reports, sum(a.nbytes for a in new.state_dict().values()), before, bits)
@@ -131,15 +150,16 @@ class _Quantizer:
         self.spec, self.method, self.min_rows, self.options = spec, method, min_rows, options
         self.reports = []
 
-    def __call__(self, name, weight, rows, held_out, expert=False):
-        """`rows` and `held_out`: (n, K) arrays, or None where none were given."""
+    def __call__(self, name, weight, rows, held_out, spec=None, expert=False):
+        """`rows` and `held_out`: (n, K) arrays, or None where none were given. `spec`: another than the model's."""
+        spec = self.spec if spec is None else spec
         measured = rows if held_out is None else held_out
         measured = None if measured is None or not len(measured) else measured
         count = 0 if rows is None else len(rows)
         if self.method == "gptq" and count >= (self.min_rows if expert else 1):
-            quantized, r = nf.quant.gptq(weight, rows, self.spec, held_out=measured, **self.options)
+            quantized, r = nf.quant.gptq(weight, rows, spec, held_out=measured, **self.options)
         else:
-            quantized, r = nf.quant.rtn(weight, self.spec, measured)
+            quantized, r = nf.quant.rtn(weight, spec, measured)
         on = None if measured is None else "held-out" if measured is held_out else "calibration"
         self.reports.append(LayerReport(name, r.method, quantized.shape, count, r.weight_error, r.output_error, on,
                                         r.bits_per_weight, quantized.nbytes))
@@ -147,7 +167,10 @@ class _Quantizer:
 
 
 def _walk(model, quantizer, fit, test):
-    """Quantize the blocks of `model` in place, the streams of both sets of tokens going along."""
+    """Quantize the blocks of `model` in place, the streams of both sets of tokens going along.
+
+    Returned are the rows of either set that reach the output matrix, or None.
+    """
     entered = [model.as_arrays().enter(tokens) for tokens in fit + test]
     streams, rotary = [x for x, _ in entered], [r for _, r in entered]
 
@@ -176,6 +199,7 @@ def _walk(model, quantizer, fit, test):
             mlp.down = quantizer(name + "mlp.down", mlp.down.data, *inner)
         twin = block.mlp.as_arrays()
         streams = [twin(x, residual=y) for x, y in zip(normed, streams)]
+    return split([model.as_arrays().norm(x) for x in streams])
 
 
 def _quantize_experts(moe, name, quantizer, sets):

@@ -20,6 +20,7 @@ from numformer.models.pretrained import Pretrained
 from numformer.models.sampling import check_options, sample
 from numformer.nn import MLP, Dropout, Embedding, KVCache, LayerNorm, Module, MultiHeadAttention, RMSNorm, rotary_tables
 from numformer.nn.layers import project
+from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor, is_recording, unrecorded
 
 __all__ = ["GPT", "GPTConfig"]
@@ -206,19 +207,23 @@ class GPT(Module, Pretrained):
 
         Nothing is recorded inside ``no_grad``, and the whole model then runs on plain arrays.
         """
-        if not is_recording() and not self.training and type(self.output_weight) is Tensor:
+        if not is_recording() and not self.training and type(self.norm.weight) is Tensor:
             return unrecorded(self.as_arrays()(tokens), self.parameters())
         return project(self.hidden(tokens), self.output_weight)
 
     def loss(self, tokens, targets):
         """Mean cross-entropy of `targets` (B, S; -100 is ignored), plus the experts' load-balancing loss.
 
-        The logits are never held. The cross-entropy alone is left in ``cross_entropy`` (a float) and the balancing
-        loss in ``balance``; :meth:`expert_load` tells the shares.
+        The logits are never held, unless the output matrix is quantized. The cross-entropy alone is left in
+        ``cross_entropy`` (a float) and the balancing loss in ``balance``; :meth:`expert_load` tells the shares.
         """
         hidden = self.hidden(tokens)
-        loss = nf.linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), self.output_weight,
-                                       np.asarray(targets).reshape(-1))
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), np.asarray(targets).reshape(-1)
+        weight = self.output_weight
+        if type(weight) is QuantizedWeight:
+            loss = nf.cross_entropy(project(hidden, weight), targets)
+        else:
+            loss = nf.linear_cross_entropy(hidden, weight, targets)
         self.cross_entropy, self.balance = loss.item(), 0.0
         routings = self.routings()
         if routings and self.config.load_balancing:
@@ -280,7 +285,7 @@ class GPT(Module, Pretrained):
             raise ValueError(f"generate: prompt and new tokens are {total} positions, block_size is "
                              f"{self.config.block_size}")
         if max_new_tokens > 0:
-            model = self.as_arrays() if type(self.output_weight) is Tensor else self
+            model = self.as_arrays() if type(self.norm.weight) is Tensor else self
             choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, rng=rng)
             model._continue(rows, max_new_tokens, total, eos_id, choose)
         return rows[0] if single else rows

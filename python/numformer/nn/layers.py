@@ -4,6 +4,7 @@ import numpy as np
 import numformer as nf
 from numformer.nn import init
 from numformer.nn.module import Module
+from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor
 
 __all__ = ["Dropout", "Embedding", "LayerNorm", "Linear", "RMSNorm", "project"]
@@ -43,7 +44,9 @@ class Embedding(Module):
         self.weight = init.xavier_uniform(rng, count, size, dtype=dtype)
 
     def __call__(self, ids):
-        return nf.embedding(ids, self.weight)
+        """`weight` may be quantized."""
+        lookup = nf.quant.embedding if type(self.weight) is QuantizedWeight else nf.embedding
+        return lookup(ids, self.weight)
 
 
 class LayerNorm(Module):

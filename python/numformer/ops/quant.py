@@ -9,7 +9,7 @@ from numformer.ops.gelu import gelu_backward, gelu_forward
 from numformer.ops.moe import combine, dispatch
 from numformer.tensor import Tensor, apply, is_recording
 
-__all__ = ["int8_matmul", "linear", "linear_backward", "linear_forward", "moe_mlp"]
+__all__ = ["embedding", "int8_matmul", "linear", "linear_backward", "linear_forward", "moe_mlp"]
 
 # name: number in _core.quant_linear, forward, backward
 _ACTIVATIONS = {None: (0, None, None),
@@ -96,6 +96,40 @@ def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
     keep = is_recording() and any(t.requires_grad for t in (x, bias) if type(t) is Tensor)
     return apply(linear_forward, linear_backward, x, bias, qweight, compute=compute, activation=activation, out=out,
                  keep=keep)
+
+
+def embedding(ids, qweight):
+    """Return ``qweight.dequantize()[ids]``, with every id checked; only the rows that are wanted become floats.
+
+    Parameters
+    ----------
+    ids : array_like of integers, any shape
+    qweight : QuantizedWeight (V, D)
+
+    Returns
+    -------
+    float32 ndarray of shape ids.shape + (D,)
+        Nothing trains a quantized weight: there is no gradient.
+
+    Raises
+    ------
+    TypeError
+        If `ids` is not of integers, or `qweight` no QuantizedWeight.
+    ValueError
+        If an id is not within 0 .. V-1 (the first is named).
+    """
+    if not hasattr(qweight, "packed"):
+        raise TypeError(f"quant.embedding: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
+                        f"make one with quant.quantize(weight, spec)")
+    ids = as_array(ids, "quant.embedding", "ids")
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"quant.embedding: ids must be an array of integers, got {ids.dtype}")
+    count, size = qweight.shape
+    outside = np.flatnonzero((ids < 0) | (ids >= count))
+    if outside.size:
+        raise ValueError(f"quant.embedding: ids must be within 0 .. {count - 1}, got {ids.flat[outside[0]]} at "
+                         f"position {outside[0]} (counted through the flattened array)")
+    return qweight.rows(ids.reshape(-1)).dequantize().reshape(*ids.shape, size)
 
 
 def moe_mlp(x, routing, gate_up, down, *, compute="int8"):

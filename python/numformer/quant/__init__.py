@@ -4,6 +4,7 @@
     weight, report = quant.gptq(w, activations, quant.QuantSpec())              # or by what the layer really sees
     y = quant.linear(x, weight, bias)
 """
+from numformer.ops.quant import embedding as embedding
 from numformer.ops.quant import int8_matmul as int8_matmul
 from numformer.ops.quant import linear as linear
 from numformer.ops.quant import moe_mlp as moe_mlp

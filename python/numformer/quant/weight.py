@@ -144,6 +144,12 @@ class QuantizedWeight:
         w *= _spread(self.scales.astype(np.float32), size, k)
         return w
 
+    def rows(self, numbers):
+        """The QuantizedWeight (R, K) of these rows; `numbers` (R,) are integers within 0 .. N-1."""
+        zeros = None if self.zeros is None else self.zeros[numbers]
+        shape = len(numbers), self.shape[1]
+        return QuantizedWeight(self.spec, shape, self.data[numbers], self.scales[numbers], zeros)
+
     @property
     def nbytes(self):
         """Bytes of the arrays that a file would hold."""
