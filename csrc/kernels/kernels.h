@@ -339,6 +339,10 @@ typedef struct {
     void (*copy)(const nf_quant_weights *w, const int8_t *in, const nf_quant_rows *x,
                  size_t row);
     void (*multiply)(const nf_quant_tile *tile);
+    /* Words of 32 bits, `words` of each of NF_QUANT_PANEL rows that lie `pitch` bytes apart as
+       files hold them, to a panel; `flip` is added to each byte without carry. */
+    void (*pack)(const uint8_t *u, size_t pitch, size_t words, int bits, uint8_t flip,
+                 uint8_t *panel);
     /* Depths begin .. end-1 of a panel as floats, (end - begin, NF_QUANT_PANEL). begin is a
        multiple of 8 from the first of its group, and end lies in that group. */
     void (*dequantize)(const nf_quant_weights *w, size_t panel, size_t begin, size_t end,

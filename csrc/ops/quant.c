@@ -88,13 +88,20 @@ pack_panel(size_t p, void *pointer, void *scratch)
     const size_t values = 32 / (size_t)bits; /* of a column in each step */
     uint8_t *const out = job->out + p * w->depth * (size_t)bits / 8 * NF_QUANT_PANEL;
     const size_t columns = least(NF_QUANT_PANEL, w->n - p * NF_QUANT_PANEL);
-    memset(out, 0, w->depth * (size_t)bits / 8 * NF_QUANT_PANEL);
+    const uint8_t *const rows = job->u + p * NF_QUANT_PANEL * row_bytes;
+    size_t done = 0; /* depths; all but the last few where the layout has no gaps */
+    if (columns == NF_QUANT_PANEL && (w->groups == 1 || w->step == w->group)) {
+        done = w->k / values * values;
+        nf_kernels.quant->pack(rows, row_bytes, done / values, bits, job->flip, out);
+    }
+    memset(out + done / values * NF_QUANT_PANEL * 4, 0,
+           (w->depth - done) * (size_t)bits / 8 * NF_QUANT_PANEL);
     for (size_t g = 0; g < w->groups; g++) {
         const size_t first = g * w->group, length = least(w->group, w->k - first);
         for (size_t c = 0; c < columns; c++) {
-            const uint8_t *const row = job->u + (p * NF_QUANT_PANEL + c) * row_bytes;
+            const uint8_t *const row = rows + c * row_bytes;
             uint8_t *const to = out + g * w->step / values * NF_QUANT_PANEL * 4 + c * 4;
-            for (size_t i = 0; i < length; i++) {
+            for (size_t i = done > first ? done - first : 0; i < length; i++) {
                 const uint8_t value = element(row, first + i, bits) ^ job->flip;
                 const size_t j = i % values;
                 to[i / values * NF_QUANT_PANEL * 4 + j % 4] |=
@@ -109,7 +116,7 @@ pack(nf_quant_weights *w, const uint8_t *u, uint8_t flip, uint8_t *out)
 {
     pack_work job = {.w = w, .out = out, .u = u, .flip = flip};
     w->u = out;
-    return nf_parallel(w->panels, 2.0 * (double)w->n * (double)w->k, 0, pack_panel, &job);
+    return nf_parallel(w->panels, (double)w->n * (double)w->k / 4, 0, pack_panel, &job);
 }
 
 /* (N, groups) of `size` bytes each to (panels, groups, PANEL) of `to_size`, zero-extended. */
