@@ -97,19 +97,15 @@ def rows(suite):
 
 
 def int8(suite):
+    for m, n, k in (512, SIZE, SIZE), (2048, 2048, 2048):
+        a, b = (np.random.default_rng(0).integers(-128, 128, (count, k)).astype(np.int8) for count in (m, n))
+        ta, tb = (torch.from_numpy(a), torch.from_numpy(b).T) if torch and m == 512 else (None, None)
+        suite.compare(f"int8_matmul {m} x {n} x {k}", 2 * m * n * k, "dot", rounds=5,
+                      numformer=lambda a=a, b=b: quant.int8_matmul(a, b),
+                      torch_int_mm=None if ta is None else lambda a=ta, b=tb: torch._int_mm(a, b))
     m = 512
-    a, b = (np.random.default_rng(0).integers(-128, 128, (n, SIZE)).astype(np.int8) for n in (m, SIZE))
-    peer = None
-    if torch:
-        ta, tb = torch.from_numpy(a), torch.from_numpy(b).T
-
-        def peer():
-            return torch._int_mm(ta, tb)
-    work = 2 * m * SIZE * SIZE
-    suite.compare(f"int8_matmul {m} x {SIZE} x {SIZE}", work, "dot", rounds=5,
-                  numformer=lambda: quant.int8_matmul(a, b), torch_int_mm=peer)
     q, x, floats = weights(SIZE, SIZE, None, 8), normal(m, SIZE), torch_linear(SIZE, SIZE)
-    suite.compare(f"8 bits by row, {m} x {SIZE} x {SIZE}", work, "dot", rounds=5,
+    suite.compare(f"8 bits by row, {m} x {SIZE} x {SIZE}", 2 * m * SIZE * SIZE, "dot", rounds=5,
                   numformer=lambda: quant.linear(x, q), torch_float32=floats and (lambda: floats(x)))
 
 
