@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 import numformer as nf
+from numformer import _core
 from tests import oracle
 from tests.gradients import check_gradients, normal
 
@@ -91,3 +92,12 @@ def test_bad_inputs_are_named(op):
         op(np.zeros(3, int))
     with pytest.raises(TypeError, match="float16"):
         op(np.zeros(3, np.float16))
+
+
+@pytest.mark.parametrize("dtype, least", [(np.float32, -110), (np.float64, -760)])
+@pytest.mark.parametrize("n", [1003, 997])
+def test_the_exponential_of_rows_has_the_bits_of_exp_down_to_the_denormals(n, dtype, least):
+    y, dy = np.linspace(least, 40, n).astype(dtype), np.zeros(n, dtype)
+    y[0], dy[0] = -np.inf, -1           # dx = dy - exp(y) sum(dy)
+    np.testing.assert_array_equal(_core.log_softmax_backward(dy, y)[1:], _core.exp(y)[1:])
+    assert (_core.exp(y)[1:] < np.finfo(dtype).tiny).sum() > 10
