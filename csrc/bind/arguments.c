@@ -25,8 +25,9 @@ raise_type(PyArrayObject *array, int type, const char *op, const char *name)
     PyArray_Descr *wanted = PyArray_DescrFromType(type);
     if (wanted != NULL) {
         PyErr_Format(PyExc_TypeError,
-                     "%s: %s must be %S, got %S; convert it with .astype(numpy.%S)", op,
-                     name, wanted, PyArray_DESCR(array), wanted);
+                     "%s: %s must be %S, got %S; convert it with .astype(%s.%S)", op, name,
+                     wanted, PyArray_DESCR(array),
+                     PyTypeNum_ISUSERDEF(type) ? "ml_dtypes" : "numpy", wanted);
         Py_DECREF(wanted);
     }
 }

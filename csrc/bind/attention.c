@@ -59,8 +59,8 @@ attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     }
     nf_attention *const p = &c.p;
     const npy_intp rows[4] = {PyArray_DIM(c.q, 0), p->heads, PyArray_DIM(c.q, 2), 2};
-    if ((want >= 1 && (c.lse = nf_new(3, rows, c.type)) == NULL)
-        || (want >= 2 && (c.stats = nf_new(4, rows, c.type)) == NULL)) {
+    if ((want >= 1 && (c.lse = nf_new(3, rows, c.numbers)) == NULL)
+        || (want >= 2 && (c.stats = nf_new(4, rows, c.numbers)) == NULL)) {
         goto fail;
     }
     p->out = nf_heads_in(p, c.out);
@@ -126,17 +126,16 @@ new_packed(nf_attention_call *c)
 
 /* The gradient of one of the outputs, or zeros where it is None. */
 static PyArrayObject *
-take_gradient(nf_attention_call *c, PyObject *object, int ndim, const npy_intp *shape,
-              const char *name)
+take_gradient(PyObject *object, int type, int ndim, const npy_intp *shape, const char *name)
 {
     if (!nf_given(object)) {
-        return nf_new_zeroed(ndim, shape, c->type);
+        return nf_new_zeroed(ndim, shape, type);
     }
-    if (nf_array(object, c->type, ndim, OP, name) == NULL
+    if (nf_array(object, type, ndim, OP, name) == NULL
         || nf_check_shape((PyArrayObject *)object, ndim, shape, OP, name) < 0) {
         return NULL;
     }
-    return ndim == 4 ? nf_attention_take(object, c->type, name)
+    return ndim == 4 ? nf_attention_take(object, type, name)
                      : nf_contiguous((PyArrayObject *)object);
 }
 
@@ -156,11 +155,11 @@ new_side_gradients(nf_attention_call *c, PyObject *mask, long wants)
         p->mask_gradient = step[3] == 0   ? NF_MASK_ROWS
                            : step[2] == 0 ? NF_MASK_KEYS
                                           : NF_WHOLE_MASK;
-        c->dmask = p->mask_gradient == NF_MASK_ROWS ? nf_new_zeroed(3, rows, c->type)
+        c->dmask = p->mask_gradient == NF_MASK_ROWS ? nf_new_zeroed(3, rows, c->numbers)
                    : p->mask_gradient == NF_MASK_KEYS
-                       ? nf_new_zeroed(3, keys, c->type)
+                       ? nf_new_zeroed(3, keys, c->numbers)
                        : nf_new_zeroed(PyArray_NDIM((PyArrayObject *)mask),
-                                       PyArray_DIMS((PyArrayObject *)mask), c->type);
+                                       PyArray_DIMS((PyArrayObject *)mask), c->numbers);
         if (c->dmask == NULL) {
             return -1;
         }
@@ -174,13 +173,13 @@ new_side_gradients(nf_attention_call *c, PyObject *mask, long wants)
         }
     }
     if (wants & WANT_SLOPES && c->slopes) {
-        if ((c->dslopes = nf_new_zeroed(3, blocks, c->type)) == NULL) {
+        if ((c->dslopes = nf_new_zeroed(3, blocks, c->numbers)) == NULL) {
             return -1;
         }
         p->dslopes = PyArray_DATA(c->dslopes);
     }
     if (wants & WANT_SINKS && c->sinks) {
-        if ((c->dsinks = nf_new_zeroed(3, rows, c->type)) == NULL) {
+        if ((c->dsinks = nf_new_zeroed(3, rows, c->numbers)) == NULL) {
             return -1;
         }
         p->dsinks = PyArray_DATA(c->dsinks);
@@ -213,14 +212,15 @@ attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
                                    p->value_dim};
     if ((c.out = nf_attention_take(args[7], c.type, "out")) == NULL
         || nf_check_shape(c.out, 4, out_shape, OP, "out") < 0
-        || (c.stats = nf_attention_take(args[8], c.type, "stats")) == NULL
+        || (c.stats = nf_attention_take(args[8], c.numbers, "stats")) == NULL
         || nf_check_shape(c.stats, 4, rows, OP, "stats") < 0
-        || (c.dout = take_gradient(&c, args[9], 4, out_shape, "the gradient of out"))
+        || (c.dout = take_gradient(args[9], c.type, 4, out_shape, "the gradient of out"))
                == NULL) {
         goto fail;
     }
     if (nf_given(args[10])
-        && (c.dlse = take_gradient(&c, args[10], 3, rows, "the gradient of lse")) == NULL) {
+        && (c.dlse = take_gradient(args[10], c.numbers, 3, rows, "the gradient of lse"))
+               == NULL) {
         goto fail;
     }
     const long wants = PyLong_AsLong(args[11]);

@@ -12,10 +12,12 @@ typedef struct {
     PyArrayObject *out, *lse, *stats;
     PyArrayObject *dout, *dlse, *dq, *dk, *dv;
     PyArrayObject *slopes, *sinks, *kv_lengths, *q_starts, *k_starts, *block_table;
+    PyArrayObject *k_scales, *v_scales;
     PyArrayObject *dmask, *dslopes, *dsinks;
     nf_attention p;
     const nf_attention_kernels *kernels;
-    int type;
+    int type;    /* of query, out and their gradients */
+    int numbers; /* of all that is computed: type, or float32 where that is a short one */
 } nf_attention_call;
 
 void nf_attention_release(nf_attention_call *c);
@@ -24,12 +26,27 @@ void nf_attention_release(nf_attention_call *c);
    else a copy. A new reference; NULL with an error. */
 PyArrayObject *nf_attention_take(PyObject *object, int type, const char *name);
 
+/* Of a type that nf_attention_inputs has let through: the only one that is not NumPy's own is
+   bfloat16. */
+static inline nf_storage
+nf_storage_of(PyArrayObject *array)
+{
+    const int type = PyArray_TYPE(array);
+    return type == NPY_HALF            ? NF_FLOAT16
+           : type == NPY_INT8          ? NF_INT8
+           : PyTypeNum_ISUSERDEF(type) ? NF_BFLOAT16
+                                       : NF_AS_COMPUTED;
+}
+
 static inline nf_heads
 nf_heads_of(PyArrayObject *array)
 {
     const npy_intp item = PyArray_ITEMSIZE(array), *strides = PyArray_STRIDES(array);
-    return (nf_heads){PyArray_DATA(array), strides[0] / item, strides[1] / item,
-                      strides[2] / item};
+    return (nf_heads){.data = PyArray_DATA(array),
+                      .batch = strides[0] / item,
+                      .head = strides[1] / item,
+                      .row = strides[2] / item,
+                      .storage = nf_storage_of(array)};
 }
 
 /* The same, without a batch axis where sequences are packed. */
@@ -43,7 +60,8 @@ nf_heads_in(const nf_attention *p, PyArrayObject *array)
 
 /* args: query, key, value (B, heads, S, D), mask, scale (None: 1/sqrt(D)), the sum of CAUSAL
    and TOP_LEFT, features: None, or the tuple (left, right, softcap, alibi_slopes, sinks,
-   kv_lengths, dropout_p, key, cu_seqlens_q, cu_seqlens_k, block_table).
+   kv_lengths, dropout_p, key, cu_seqlens_q, cu_seqlens_k, block_table, key_scale,
+   value_scale).
    With cu_seqlens the arrays are packed, B is 1. With a block table key and value are
    (blocks, Hkv, block_size, D). -1 with an error. */
 int nf_attention_inputs(nf_attention_call *c, PyObject *const *args);

@@ -2,6 +2,7 @@
 #include "bind/attention.h"
 
 #include <math.h>
+#include <string.h>
 
 void
 nf_attention_release(nf_attention_call *c)
@@ -23,6 +24,8 @@ nf_attention_release(nf_attention_call *c)
     Py_XDECREF(c->q_starts);
     Py_XDECREF(c->k_starts);
     Py_XDECREF(c->block_table);
+    Py_XDECREF(c->k_scales);
+    Py_XDECREF(c->v_scales);
     Py_XDECREF(c->dmask);
     Py_XDECREF(c->dslopes);
     Py_XDECREF(c->dsinks);
@@ -67,13 +70,13 @@ take_mask(nf_attention_call *c, PyObject *object)
     }
     PyArrayObject *mask = (PyArrayObject *)object;
     const int boolean = PyArray_TYPE(mask) == NPY_BOOL;
-    if (!boolean && nf_array(object, c->type, -1, OP, "attn_mask") == NULL) {
+    const int type = PyArray_TYPE(mask) == c->numbers ? c->numbers : c->type;
+    if (!boolean && nf_array(object, type, -1, OP, "attn_mask") == NULL) {
         PyErr_Clear();
-        PyErr_Format(
-            PyExc_TypeError,
-            "%s: attn_mask must be boolean (True: attend) or have the dtype of query "
-            "and native, aligned memory, got %S",
-            OP, PyArray_DESCR(mask));
+        PyErr_Format(PyExc_TypeError,
+                     "%s: attn_mask must be boolean (True: attend) or have the dtype of "
+                     "query%s and native, aligned memory, got %S",
+                     OP, c->type == c->numbers ? "" : ", or float32,", PyArray_DESCR(mask));
         return -1;
     }
     const npy_intp shape[4] = {p->batch, p->heads, p->queries, p->keys};
@@ -104,6 +107,7 @@ take_mask(nf_attention_call *c, PyObject *object)
         return -1;
     }
     p->mask = PyArray_DATA(mask);
+    p->mask_storage = boolean ? NF_AS_COMPUTED : nf_storage_of(mask);
     p->mask_kind = boolean ? NF_BOOLEAN_MASK : NF_ADDED_MASK;
     return 0;
 }
@@ -179,19 +183,24 @@ take_window(nf_attention *p, PyObject *left, PyObject *right)
     return 0;
 }
 
-/* (H,) or, where `batched`, (B, H). */
+/* (H,) or, where `batched`, (B, H); of the numbers' type, or of a short type of query. */
 static PyArrayObject *
 take_per_head(const nf_attention_call *c, PyObject *object, int batched, const char *name)
 {
-    PyArrayObject *const array = nf_array(object, c->type, -1, OP, name);
+    const int is_short = c->type != c->numbers && PyArray_Check(object)
+                         && PyArray_TYPE((PyArrayObject *)object) == c->type;
+    PyArrayObject *const array =
+        nf_array(object, is_short ? c->type : c->numbers, -1, OP, name);
     if (array == NULL) {
         return NULL;
     }
     const npy_intp shape[2] = {c->p.batch, c->p.heads};
     const int two = batched && PyArray_NDIM(array) == 2;
-    return nf_check_shape(array, two ? 2 : 1, two ? shape : shape + 1, OP, name) < 0
-               ? NULL
-               : nf_contiguous(array);
+    if (nf_check_shape(array, two ? 2 : 1, two ? shape : shape + 1, OP, name) < 0) {
+        return NULL;
+    }
+    return is_short ? (PyArrayObject *)PyArray_Cast(array, c->numbers)
+                    : nf_contiguous(array);
 }
 
 /* A new (B, ...) array of int64. */
@@ -307,8 +316,42 @@ enum {
     Q_STARTS,
     K_STARTS,
     BLOCK_TABLE,
+    K_SCALES,
+    V_SCALES,
     FEATURES
 };
+
+/* What the rows of an int8 cache are times: float32, (blocks, block_size, Hkv), or without
+   the last axis. */
+static int
+take_scales(nf_heads *x, PyArrayObject *cache, PyObject *object, const char *name,
+            PyArrayObject **to)
+{
+    const int needed = PyArray_TYPE(cache) == NPY_INT8;
+    if (needed != nf_given(object)) {
+        PyErr_Format(
+            PyExc_ValueError,
+            "%s: %s must be given where the cache is int8, and only there; it is %S", OP,
+            name, PyArray_DESCR(cache));
+        return -1;
+    }
+    if (!needed) {
+        return 0;
+    }
+    PyArrayObject *const scales = nf_array(object, NPY_FLOAT, -1, OP, name);
+    const npy_intp shape[3] = {PyArray_DIM(cache, 0), PyArray_DIM(cache, 2),
+                               PyArray_DIM(cache, 1)};
+    const int ndim = scales != NULL && PyArray_NDIM(scales) == 2 ? 2 : 3;
+    if (scales == NULL || nf_check_shape(scales, ndim, shape, OP, name) < 0
+        || (*to = nf_contiguous(scales)) == NULL) {
+        return -1;
+    }
+    x->scales = PyArray_DATA(*to);
+    x->scales_head = ndim == 3;
+    x->scales_row = ndim == 3 ? shape[2] : 1;
+    x->scales_batch = shape[1] * x->scales_row;
+    return 0;
+}
 
 /* The batch: its sequences may be packed, keys and values in blocks. */
 static int
@@ -342,7 +385,11 @@ take_sequences(nf_attention_call *c, PyObject *const *f)
         p->k.batch = p->v.batch = 0;
     }
     if (nf_given(f[BLOCK_TABLE])) {
-        return take_block_table(c, f[BLOCK_TABLE], f[KV_LENGTHS]);
+        return take_scales(&p->k, c->k, f[K_SCALES], "key_scale", &c->k_scales) < 0
+                       || take_scales(&p->v, c->v, f[V_SCALES], "value_scale", &c->v_scales)
+                              < 0
+                   ? -1
+                   : take_block_table(c, f[BLOCK_TABLE], f[KV_LENGTHS]);
     }
     return nf_given(f[KV_LENGTHS]) ? take_kv_lengths(c, f[KV_LENGTHS], p->keys) : 0;
 }
@@ -399,18 +446,60 @@ is_paged(PyObject *features)
            && nf_given(PyTuple_GET_ITEM(features, BLOCK_TABLE));
 }
 
+static int
+is_bfloat16(PyArrayObject *array)
+{
+    PyArray_Descr *const type = PyArray_DESCR(array);
+    return PyTypeNum_ISUSERDEF(type->type_num) && PyDataType_ELSIZE(type) == 2
+           && strcmp(type->typeobj->tp_name, "ml_dtypes.bfloat16") == 0;
+}
+
+/* The type of query, or that of a cache, which may be another one than query's. */
+static int
+type_of(PyObject *object, int cache, const char *name)
+{
+    if (!PyArray_Check(object)) {
+        return NPY_NOTYPE; /* nf_array has the message */
+    }
+    PyArrayObject *const array = (PyArrayObject *)object;
+    const int type = PyArray_TYPE(array);
+    if (type == NPY_FLOAT || type == NPY_HALF || type == (cache ? NPY_INT8 : NPY_DOUBLE)
+        || is_bfloat16(array)) {
+        return type;
+    }
+    PyErr_Format(PyExc_TypeError,
+                 "%s: %s must be float32, float16, bfloat16 (of ml_dtypes) or %s, got %S; "
+                 "convert it with .astype(numpy.float32)",
+                 OP, name, cache ? "int8" : "float64", PyArray_DESCR(array));
+    return -1;
+}
+
+static int
+take_arrays(nf_attention_call *c, PyObject *const *args, int paged)
+{
+    const int type = type_of(args[0], 0, "query");
+    if (type < 0 || (c->q = nf_attention_take(args[0], type, "query")) == NULL) {
+        return -1;
+    }
+    c->type = type;
+    c->numbers = type == NPY_DOUBLE ? NPY_DOUBLE : NPY_FLOAT;
+    c->kernels = type == NPY_DOUBLE ? nf_kernels.attention_f64 : nf_kernels.attention_f32;
+    const int cached =
+        paged && type != NPY_DOUBLE ? type_of(args[1], 1, "key_cache") : type;
+    if (cached < 0
+        || (c->k = nf_attention_take(args[1], cached, paged ? "key_cache" : "key")) == NULL
+        || (c->v = nf_attention_take(args[2], cached, paged ? "value_cache" : "value"))
+               == NULL) {
+        return -1;
+    }
+    return check_lengths(c, paged);
+}
+
 int
 nf_attention_inputs(nf_attention_call *c, PyObject *const *args)
 {
     nf_attention *p = &c->p;
-    if ((c->q = nf_attention_take(args[0], NPY_NOTYPE, "query")) == NULL) {
-        return -1;
-    }
-    c->type = PyArray_TYPE(c->q);
-    c->kernels = c->type == NPY_FLOAT ? nf_kernels.attention_f32 : nf_kernels.attention_f64;
-    if ((c->k = nf_attention_take(args[1], c->type, "key")) == NULL
-        || (c->v = nf_attention_take(args[2], c->type, "value")) == NULL
-        || check_lengths(c, is_paged(args[6])) < 0) {
+    if (take_arrays(c, args, is_paged(args[6])) < 0) {
         return -1;
     }
     const npy_intp *q = PyArray_DIMS(c->q), *k = PyArray_DIMS(c->k);

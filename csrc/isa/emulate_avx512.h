@@ -15,9 +15,11 @@
 #undef _mm512_scalef_ps
 #undef _mm512_scalef_pd
 #undef _mm512_cvtph_ps
+#undef _mm512_cvtps_ph
 #undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_epi8(v)           nf_emulate_low_bytes((vi32)(v))
 #define _mm512_cvtph_ps(a)                nf_emulate_half(a)
+#define _mm512_cvtps_ph(a, rounding)      nf_emulate_to_half(a)
 #define _mm512_madd_epi16(a, b)           simde_mm512_madd_epi16(a, b) /* misspelt there */
 #define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
 #define _mm512_fmadd_pd(a, b, c)          nf_emulate_fma_f64(a, b, c)
@@ -49,6 +51,17 @@ nf_emulate_half(__m256i a)
     } v = {{_mm256_cvtph_ps(_mm256_castsi256_si128(a)),
             _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))}};
     return v.whole;
+}
+
+NF_INLINE __m256i
+nf_emulate_to_half(__m512 a)
+{
+    union {
+        __m512 whole;
+        __m256 half[2];
+    } v = {a};
+    return _mm256_set_m128i(_mm256_cvtps_ph(v.half[1], _MM_FROUND_TO_NEAREST_INT),
+                            _mm256_cvtps_ph(v.half[0], _MM_FROUND_TO_NEAREST_INT));
 }
 
 NF_INLINE __m512

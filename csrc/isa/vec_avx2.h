@@ -129,6 +129,26 @@ nf_load_half(const uint16_t *p)
 }
 
 NF_INLINE void
+nf_store_half(uint16_t *p, vf32 v)
+{
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+NF_INLINE vf32
+nf_load_bfloat(const uint16_t *p)
+{
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+    return (vf32)_mm256_slli_epi32(bits, 16);
+}
+
+NF_INLINE vf32
+nf_load_int8(const int8_t *p)
+{
+    return (vf32)_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+
+NF_INLINE void
 nf_store_low_bytes(void *p, vi32 v)
 {
     const __m256i low = _mm256_set1_epi32(0x0c080400);

@@ -146,6 +146,27 @@ nf_load_half(const uint16_t *p)
 }
 
 NF_INLINE void
+nf_store_half(uint16_t *p, vf32 v)
+{
+    _mm256_storeu_si256((__m256i *)p,
+                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+NF_INLINE vf32
+nf_load_bfloat(const uint16_t *p)
+{
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    return (vf32)_mm512_slli_epi32(bits, 16);
+}
+
+NF_INLINE vf32
+nf_load_int8(const int8_t *p)
+{
+    return (vf32)_mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+NF_INLINE void
 nf_store_low_bytes(void *p, vi32 v)
 {
     _mm_storeu_si128(p, _mm512_cvtepi32_epi8((__m512i)v));

@@ -140,13 +140,43 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
     return *(const vf64 *)p;
 }
 
-/* Their bits moved to float32's place, times 2^(127 - 15): exact, subnormal numbers too. */
+/* Their bits moved to float32's place, times 2^(127 - 15): exact, subnormal numbers too. The
+   exponent of inf and NaN is all ones in both. */
 NF_INLINE vf32
 nf_load_half(const uint16_t *p)
 {
     const vu32 bits = {p[0], p[1], p[2], p[3]};
     const vf32 size = (vf32)((bits & 0x7fff) << 13) * 0x1p112f;
-    return (vf32)((vu32)size | (bits & 0x8000) << 16);
+    const vu32 odd = (vu32)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    return (vf32)((vu32)size | odd | (bits & 0x8000) << 16);
+}
+
+/* Below 2^-14 the sum with 1/2 rounds to float16's last place, 2^-24. */
+NF_INLINE void
+nf_store_half(uint16_t *p, vf32 v)
+{
+    const vu32 bits = (vu32)v, sign = (bits >> 16) & 0x8000, size = bits & 0x7fffffff;
+    const vu32 normal = (size + 0xfff + ((size >> 13) & 1) - (112u << 23)) >> 13;
+    const vu32 small = (vu32)((vf32)size + 0.5f) - 0x3f000000;
+    const vu32 is_small = (vu32)(size < 0x38800000), is_large = (vu32)(size >= 0x47800000),
+               is_nan = (vu32)(size > 0x7f800000);
+    vu32 half = (small & is_small) | (normal & ~is_small);
+    half = (half & ~is_large) | (is_large & (0x7c00 | (is_nan & 0x0200))) | sign;
+    for (int i = 0; i < 4; i++) {
+        p[i] = (uint16_t)half[i];
+    }
+}
+
+NF_INLINE vf32
+nf_load_bfloat(const uint16_t *p)
+{
+    return (vf32)((vu32){p[0], p[1], p[2], p[3]} << 16);
+}
+
+NF_INLINE vf32
+nf_load_int8(const int8_t *p)
+{
+    return (vf32){p[0], p[1], p[2], p[3]};
 }
 
 NF_INLINE void

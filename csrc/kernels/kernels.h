@@ -157,10 +157,17 @@ typedef struct {
 
 /* ---- attention: scaled-dot-product attention ---- */
 
+/* What lies in memory: the element type of the kernels, or one that those of float32 widen as
+   they read and round as they write. */
+typedef enum { NF_AS_COMPUTED, NF_FLOAT16, NF_BFLOAT16, NF_INT8 } nf_storage;
+
 /* (B, H, S, D) of one element type: strides in elements, the last axis contiguous. */
 typedef struct {
     void *data;
     ptrdiff_t batch, head, row;
+    nf_storage storage;
+    const float *scales; /* NF_INT8: what each row is multiplied by, at these strides */
+    ptrdiff_t scales_batch, scales_head, scales_row;
 } nf_heads;
 
 typedef enum { NF_NO_MASK, NF_BOOLEAN_MASK, NF_ADDED_MASK } nf_mask_kind;
@@ -188,13 +195,14 @@ typedef struct {
     const int64_t *block_table; /* (B, table_width): the blocks of each sequence; or NULL */
     ptrdiff_t table_width, block_size;
     const ptrdiff_t
-        *q_blocks; /* (B + 1): blocks of queries before each sequence; or NULL */
-    const ptrdiff_t *k_blocks; /* where each has those of the longest */
+        *q_blocks; /* (B + 1): tasks of a head before each sequence, by queries; or NULL */
+    const ptrdiff_t *k_blocks; /* by keys; NULL where each has those of the longest */
     int top_left;              /* offset 0 */
     ptrdiff_t left, right;
     double scale, softcap; /* softcap 0: none */
     nf_heads q, k, v, out;
     nf_mask_kind mask_kind;
+    nf_storage mask_storage;
     const void *mask; /* (B, H, Sq, Sk) by these strides, in elements */
     ptrdiff_t mask_strides[4];
     const void *slopes; /* of head h of sequence b at b * slopes_batch + h; or NULL */
@@ -228,7 +236,8 @@ typedef size_t nf_attention_size(const nf_attention *p);
 
 typedef struct {
     ptrdiff_t block_queries, block_keys;
-    /* a task: one block of queries of one head */
+    /* a task: forward_queries of one head, some blocks */
+    ptrdiff_t (*forward_queries)(const nf_attention *p);
     nf_attention_size *forward_scratch;
     nf_attention_task *forward;
     /* the same for sequences of at most decode_most queries: a task is one KV head. Where
@@ -238,7 +247,7 @@ typedef struct {
     nf_attention_task *decode;
     /* three passes over one workspace. Tasks of the second, a block of keys of a KV head,
        must start in ascending order: a later one waits for an earlier one. */
-    nf_attention_size *backward_workspace, *backward_scratch;
+    nf_attention_size *backward_workspace, *backward_scratch, *backward_rows;
     nf_attention_task *backward_prepare, *backward_keys, *backward_finish;
 } nf_attention_kernels;
 

@@ -51,9 +51,11 @@ count_blocks(const int64_t *starts, ptrdiff_t batch, ptrdiff_t block, ptrdiff_t 
     }
 }
 
-/* Counts the blocks of packed sequences, in memory that *blocks owns. */
+/* Counts the blocks of packed sequences, `queries` and block_keys long, in memory that *blocks
+   owns. */
 static nf_status
-lay_out(const nf_attention_kernels *kernels, nf_attention *p, ptrdiff_t **blocks)
+lay_out(const nf_attention_kernels *kernels, nf_attention *p, ptrdiff_t queries,
+        ptrdiff_t **blocks)
 {
     *blocks = NULL;
     if (p->q_starts == NULL && p->k_starts == NULL) {
@@ -65,7 +67,7 @@ lay_out(const nf_attention_kernels *kernels, nf_attention *p, ptrdiff_t **blocks
         return NF_NO_MEMORY;
     }
     if (p->q_starts) {
-        count_blocks(p->q_starts, p->batch, kernels->block_queries, *blocks);
+        count_blocks(p->q_starts, p->batch, queries, *blocks);
         p->q_blocks = *blocks;
     }
     if (p->k_starts) {
@@ -76,11 +78,11 @@ lay_out(const nf_attention_kernels *kernels, nf_attention *p, ptrdiff_t **blocks
 }
 
 static ptrdiff_t
-count_q_blocks(const nf_attention_kernels *kernels, const nf_attention *p)
+count_q_blocks(const nf_attention *p, ptrdiff_t queries)
 {
     return p->heads
            * (p->q_blocks ? p->q_blocks[p->batch]
-                          : p->batch * blocks_of(p->queries, kernels->block_queries));
+                          : p->batch * blocks_of(p->queries, queries));
 }
 
 nf_status
@@ -88,14 +90,15 @@ nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *sh
 {
     nf_attention p = *shape;
     ptrdiff_t *blocks;
-    nf_status status = lay_out(kernels, &p, &blocks);
+    const ptrdiff_t queries = kernels->forward_queries(&p);
+    nf_status status = lay_out(kernels, &p, queries, &blocks);
     const ptrdiff_t most = kernels->decode_most(&p);
     if (status == NF_OK && most > 0 && (p.q_starts || p.queries <= most)) {
         status = run(kernels->decode, &p, p.batch * p.kv_heads, cycles(&p),
                      kernels->decode_scratch(&p));
     }
     if (status == NF_OK && p.queries > most) {
-        status = run(kernels->forward, &p, count_q_blocks(kernels, &p), cycles(&p),
+        status = run(kernels->forward, &p, count_q_blocks(&p, queries), cycles(&p),
                      kernels->forward_scratch(&p));
     }
     nf_pool_free(blocks);
@@ -107,11 +110,11 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
 {
     nf_attention p = *shape;
     ptrdiff_t *blocks;
-    nf_status status = lay_out(kernels, &p, &blocks);
+    nf_status status = lay_out(kernels, &p, kernels->block_queries, &blocks);
     if (status != NF_OK) {
         return status;
     }
-    const ptrdiff_t q_blocks = count_q_blocks(kernels, &p);
+    const ptrdiff_t q_blocks = count_q_blocks(&p, kernels->block_queries);
     const ptrdiff_t k_blocks =
         p.kv_heads
         * (p.k_blocks ? p.k_blocks[p.batch]
@@ -123,13 +126,15 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
         nf_pool_free(blocks);
         return NF_NO_MEMORY;
     }
-    status = run(kernels->backward_prepare, &p, q_blocks, elements, 0);
+    status =
+        run(kernels->backward_prepare, &p, q_blocks, elements, kernels->backward_rows(&p));
     if (status == NF_OK) {
         status = run(kernels->backward_keys, &p, k_blocks, 2.5 * cycles(&p),
                      kernels->backward_scratch(&p));
     }
     if (status == NF_OK) {
-        status = run(kernels->backward_finish, &p, q_blocks, elements, 0);
+        status = run(kernels->backward_finish, &p, q_blocks, elements,
+                     kernels->backward_rows(&p));
     }
     nf_pool_free(p.workspace);
     nf_pool_free(blocks);

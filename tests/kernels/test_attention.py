@@ -203,8 +203,8 @@ def test_wrong_arrays_are_named_in_the_error():
         sdpa(q[:, :3], k, v)
     with pytest.raises(TypeError, match="key must be float32"):
         sdpa(q, k.astype(np.float64), v)
-    with pytest.raises(TypeError, match="query must be float32 or float64"):
-        sdpa(q.astype(np.float16), k, v)
+    with pytest.raises(TypeError, match=r"query must be float32, float16, bfloat16 .* or float64, got int32"):
+        sdpa(q.astype(np.int32), k, v)
     with pytest.raises(TypeError, match="query must be an array, got list"):
         sdpa([1.0], k, v)
     with pytest.raises(TypeError, match="real number"):

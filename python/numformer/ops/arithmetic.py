@@ -11,7 +11,7 @@ import numbers
 import numpy as np
 
 from numformer._core import pooled
-from numformer.tensor import Tensor, apply
+from numformer.tensor import Tensor, apply, is_float
 
 __all__ = ["absolute", "add", "amax", "astype", "clip", "concatenate", "divide", "exp", "getitem", "log", "log_sigmoid",
            "maximum", "mean", "minimum", "multiply", "negative", "power", "reshape", "sigmoid", "sqrt", "squeeze",
@@ -48,11 +48,11 @@ def _plain(x):
 def _float_dtype(x):
     """The dtype that an operand insists on: None for numbers and for arrays of integers or booleans."""
     if type(x) is Tensor or type(x) is np.ndarray:
-        return x.dtype if x.dtype.kind == "f" else None
+        return x.dtype if is_float(x.dtype) else None
     if isinstance(x, numbers.Number) or isinstance(x, np.generic):
         return None
     x = np.asarray(x)
-    return x.dtype if x.dtype.kind == "f" else None
+    return x.dtype if is_float(x.dtype) else None
 
 
 def _binary(name, forward, backward):
@@ -345,7 +345,7 @@ def unsqueeze(x, axis):
 def astype(x, dtype):
     """`x` in another float dtype."""
     dtype = np.dtype(dtype)
-    if dtype.kind != "f":
+    if not is_float(dtype):
         raise TypeError(f"astype: only floats have gradients, got {dtype}; convert .numpy() instead")
     return apply(_astype_forward, _astype_backward, x, dtype=dtype)
 

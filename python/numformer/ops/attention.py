@@ -26,7 +26,7 @@ def _causal(is_causal, causal_align):
 
 
 def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, dropout_p=0.0,
-              rng=None, cu_seqlens_q=None, cu_seqlens_k=None, block_table=None):
+              rng=None, cu_seqlens_q=None, cu_seqlens_k=None, block_table=None, key_scale=None, value_scale=None):
     """The binding's tuple of what most calls leave out, or None; draws the key of the dropout."""
     if softcap is None:
         softcap = 0.0
@@ -46,7 +46,7 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
             alibi_slopes is sinks is kv_lengths is cu_seqlens_q is block_table is None):
         return None
     return (left, right, softcap, alibi_slopes, sinks, kv_lengths, dropout_p, key, cu_seqlens_q, cu_seqlens_k,
-            block_table)
+            block_table, key_scale, value_scale)
 
 
 def attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None, *, is_causal=False,
@@ -68,7 +68,7 @@ def attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sink
 def _mask_gradient(gradient, mask):
     """What the kernel left, summed to the shape of the mask."""
     if gradient is None or gradient.shape == mask.shape:
-        return gradient
+        return None if gradient is None else gradient.astype(mask.dtype, copy=False)
     shape = (1,) * (4 - mask.ndim) + mask.shape
     gradient = gradient[..., None] if shape[3] == 1 else gradient[:, :, None]
     axes = tuple(i for i in range(4) if shape[i] == 1)
@@ -90,7 +90,7 @@ def attention_backward(dy, saved):
         slopes = features[3]
         dslopes = dslopes.sum(axis=2 if slopes.ndim == 2 else (0, 2), dtype=np.float64).astype(slopes.dtype)
     if dsinks is not None:
-        dsinks = dsinks.sum(axis=(0, 2), dtype=np.float64).astype(dsinks.dtype)
+        dsinks = dsinks.sum(axis=(0, 2), dtype=np.float64).astype(features[4].dtype)
     return dq, dk, dv, _mask_gradient(dmask, attn_mask), dslopes, dsinks
 
 
@@ -105,14 +105,16 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
     Parameters
     ----------
-    query : ndarray or Tensor, (B, H, Sq, D), float32 or float64
+    query : ndarray or Tensor, (B, H, Sq, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
+        float16 and bfloat16 are storage: all is computed in float32, and results and gradients are rounded to the
+        dtype once, to nearest.
     key : (B, Hkv, Sk, D), of the same dtype
         `H` must be a multiple of `Hkv`; query head `h` reads head ``h // (H // Hkv)`` (Ainslie et al. 2023,
         arXiv:2305.13245).
     value : (B, Hkv, Sk, Dv)
     attn_mask : ndarray or Tensor that broadcasts to (B, H, Sq, Sk), optional
-        Boolean: True where a query attends. Floating, of query's dtype: added to the scaled scores; its gradient is
-        summed over the axes that it is broadcast along.
+        Boolean: True where a query attends. Floating, of query's dtype (or float32, where that is float16 or
+        bfloat16): added to the scaled scores; its gradient is summed over the axes that it is broadcast along.
     dropout_p : float
         Probability, below 1, that a weight is set to 0 after the softmax; the others are divided by
         ``1 - dropout_p``. lse is that without dropout.
@@ -141,10 +143,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     softcap : float
         Scaled scores s become ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv:2408.00118), before anything is added;
         0.0 is none.
-    alibi_slopes : ndarray or Tensor, (H,) or (B, H), of query's dtype, optional
+    alibi_slopes : ndarray or Tensor, (H,) or (B, H), of a dtype as `attn_mask`, optional
         ``-slope * (p - j)`` is added to the score of key j for a query at position p (Press et al. 2022,
         arXiv:2108.12409); :func:`alibi_slopes` gives the paper's slopes.
-    sinks : ndarray or Tensor, (H,), of query's dtype, optional
+    sinks : ndarray or Tensor, (H,), of a dtype as `attn_mask`, optional
         One more logit in the softmax of every row of a head, without a value (gpt-oss; Xiao et al. 2024,
         arXiv:2309.17453). It counts in lse, so the lse of a row that sees no key is the sink.
     kv_lengths : int array, (B,), optional
@@ -155,7 +157,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         of (batch, head, position of the query, key) alone, so it does not depend on threads, dtype or the cut of the
         work, and the backward pass makes the mask again.
     return_lse : bool
-        Return ``(out, lse)``, lse (B, H, Sq) the natural logarithm of each row's sum of exponentials.
+        Return ``(out, lse)``, lse (B, H, Sq) the natural logarithm of each row's sum of exponentials, float64 where
+        query is, else float32.
     out : ndarray, (B, H, Sq, Dv), C-contiguous, optional
         Where to write the result; shares no memory with an input.
 
@@ -168,7 +171,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, or dtypes differ, or there is no `rng` for the dropout.
+        If an array is of another dtype, or dtypes differ, or there is no `rng` for the dropout.
     ValueError
         If shapes do not fit together, or a number is out of its range.
 
@@ -224,6 +227,8 @@ def merge_attention_forward(out_a, lse_a, out_b, lse_b):
     if not out_a.shape == out_b.shape == (*lse_a.shape, *out_a.shape[-1:]) or lse_a.shape != lse_b.shape:
         raise ValueError("merge_attention: out_a and out_b must have one shape, and lse_a and lse_b that shape without "
                          f"its last axis, got {out_a.shape}, {lse_a.shape}, {out_b.shape}, {lse_b.shape}")
+    dtype = out_a.dtype
+    out_a, out_b = (x.astype(lse_a.dtype, copy=False) for x in (out_a, out_b))
     top = np.maximum(lse_a, lse_b)
     base = np.where(top == -np.inf, top.dtype.type(0), top)
     a, b = np.exp(lse_a - base), np.exp(lse_b - base)
@@ -233,18 +238,18 @@ def merge_attention_forward(out_a, lse_a, out_b, lse_b):
     share_a, share_b = (np.divide(x, total, out=np.zeros_like(total), where=total > 0)[..., None] for x in (a, b))
     # A part that has no weight may hold anything.
     out = np.where(share_b == 0, out_a, np.where(share_a == 0, out_b, out_a + (out_b - out_a) * share_b))
-    return (out, lse), (out_a, out_b, share_a, share_b)
+    return (out.astype(dtype, copy=False), lse), (out_a, out_b, share_a, share_b, dtype)
 
 
 def merge_attention_backward(dy, saved):
     """Return the gradients with respect to out_a, lse_a, out_b and lse_b."""
-    (dout, dlse), (out_a, out_b, share_a, share_b) = dy, saved
-    dout = np.zeros_like(out_a) if dout is None else dout
+    (dout, dlse), (out_a, out_b, share_a, share_b, dtype) = dy, saved
+    dout = np.zeros_like(out_a) if dout is None else dout.astype(out_a.dtype, copy=False)
     both = (share_a > 0) & (share_b > 0)
     turn = np.where(both, dout * (out_b - out_a), out_a.dtype.type(0)).sum(axis=-1) * (share_a * share_b)[..., 0]
     dlse_a, dlse_b = (0, 0) if dlse is None else (share_a[..., 0] * dlse, share_b[..., 0] * dlse)
-    return (np.where(share_b == 0, dout, dout * share_a), dlse_a - turn,
-            np.where(share_b == 0, out_a.dtype.type(0), dout * share_b), dlse_b + turn)
+    return (np.where(share_b == 0, dout, dout * share_a).astype(dtype, copy=False), dlse_a - turn,
+            np.where(share_b == 0, out_a.dtype.type(0), dout * share_b).astype(dtype, copy=False), dlse_b + turn)
 
 
 def merge_attention(out_a, lse_a, out_b, lse_b):
@@ -256,6 +261,7 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
         What :func:`scaled_dot_product_attention` gave for each set.
     lse_a, lse_b : ndarray or Tensor, (...)
         Its lse, of the shape of out without its last axis. With sinks, one of the two sets must be made without.
+        The sum is made in its dtype.
 
     Returns
     -------

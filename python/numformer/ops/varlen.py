@@ -51,7 +51,7 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
 
     Parameters
     ----------
-    query : ndarray or Tensor, (Tq, H, D), float32 or float64
+    query : ndarray or Tensor, (Tq, H, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
     key : (Tk, Hkv, D)
     value : (Tk, Hkv, Dv)
     cu_seqlens_q : int array, (B + 1,)
@@ -70,7 +70,7 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, dtypes differ, or cu_seqlens are not integers.
+        If an array is of another dtype, dtypes differ, or cu_seqlens are not integers.
     ValueError
         If shapes do not fit together, or cu_seqlens do not rise from 0 to the number of tokens.
 
@@ -88,7 +88,7 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
 
 def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=True,
                     scale=None, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                    sinks=None, return_lse=False):
+                    sinks=None, key_scale=None, value_scale=None, return_lse=False):
     """Attend to keys and values that are cached in blocks (Kwon et al. 2023, arXiv:2309.06180); no gradient.
 
     Decoding steps and pieces of prompts may be mixed in one call. The result has the bits of
@@ -96,10 +96,11 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
 
     Parameters
     ----------
-    query : ndarray, (B, H, Sq, D), or (Tq, H, D) with `cu_seqlens_q`; float32 or float64
+    query : ndarray, (B, H, Sq, D), or (Tq, H, D) with `cu_seqlens_q`; float32, float64, float16 or bfloat16
         The last queries of each sequence; their own keys and values are in the cache already.
     key_cache : ndarray, (blocks, block_size, Hkv, D)
-    value_cache : ndarray, (blocks, block_size, Hkv, Dv)
+        float32, float16, bfloat16 or int8, whichever of these query is; float64 where query is.
+    value_cache : ndarray, (blocks, block_size, Hkv, Dv), of the same dtype
     block_table : int array, (B, most blocks of a sequence)
         Token j of sequence b lies in block ``block_table[b, j // block_size]`` at ``j % block_size``. Entries beyond
         the length of a sequence may be anything.
@@ -111,6 +112,8 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
         True here, unlike elsewhere.
     scale, causal_align, window_size, softcap, alibi_slopes, sinks
         As in :func:`scaled_dot_product_attention`.
+    key_scale, value_scale : ndarray, (blocks, block_size) or (blocks, block_size, Hkv), float32
+        Of int8 caches, and of these alone: what the row of a token, or of one of its heads, is multiplied by.
     return_lse : bool
         Return ``(out, lse)``, lse (B, H, Sq) or (Tq, H).
 
@@ -121,13 +124,13 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, dtypes differ, or the tables are not integers.
+        If an array is of another dtype, or the tables are not integers.
     ValueError
-        If shapes do not fit together, or a table names what is not there.
+        If shapes do not fit together, a table names what is not there, or scales are missing or not wanted.
 
     Notes
     -----
-    Keys and values are read in place where a chunk of 128 lies in one block, else copied chunk by chunk.
+    A cache is read where it lies, a tile of keys at a time; no more than that is ever widened to float32.
     """
     op = "paged_attention"
     for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
@@ -136,7 +139,8 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
                              f"{x.shape if isinstance(x, np.ndarray) else type(x).__name__}")
     packed = cu_seqlens_q is not None
     features = attention._features(
-        window_size, softcap, alibi_slopes, sinks, cache_seqlens, cu_seqlens_q=cu_seqlens_q, block_table=block_table)
+        window_size, softcap, alibi_slopes, sinks, cache_seqlens, cu_seqlens_q=cu_seqlens_q, block_table=block_table,
+        key_scale=key_scale, value_scale=value_scale)
     result = _core.attention_forward(
         _heads(query, op, "query") if packed else query, key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2), None,
         scale, attention._causal(is_causal, causal_align), features, None, 1)
