@@ -95,6 +95,12 @@ nf_sqrt_f64(vf64 a)
     return (vf64)_mm256_sqrt_pd((__m256d)a);
 }
 
+NF_INLINE int
+nf_any(vi32 where)
+{
+    return _mm256_movemask_ps((__m256)where) != 0;
+}
+
 /* Products of the even lanes and of the odd lanes are made apart. */
 NF_INLINE vu32
 nf_product_u32(vu32 a, uint32_t b, vu32 *high)

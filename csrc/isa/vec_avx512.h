@@ -86,6 +86,12 @@ nf_min_f64(vf64 a, vf64 b)
     return (vf64)_mm512_min_pd((__m512d)b, (__m512d)a);
 }
 
+NF_INLINE int
+nf_any(vi32 where)
+{
+    return _mm512_test_epi32_mask((__m512i)where, (__m512i)where) != 0;
+}
+
 NF_INLINE vf32
 nf_sqrt_f32(vf32 a)
 {

@@ -42,6 +42,13 @@ nf_storen_f64(double *p, vf64 v, size_t n)
     memcpy(p, &v, n * sizeof *p);
 }
 
+NF_INLINE int
+nf_any(vi32 where)
+{
+    const vi64 both = (vi64)where;
+    return (both[0] | both[1]) != 0;
+}
+
 /* One rounding is what these are for: float32 goes through float64, which is exact but for a
    second rounding in rare ties; float64 takes libm's. */
 NF_INLINE vf32
