@@ -40,6 +40,7 @@ def everywhere():
     """float32 numbers spread evenly over all there are, and the range where the forms bend."""
     spread = np.linspace(0, 2**32 - 1, 200000).astype(np.uint32).view(np.float32)
     return np.concatenate([spread[np.isfinite(spread)], np.linspace(-16, 16, 200000, dtype=np.float32),
+                           np.random.default_rng(0).uniform(-5, 0, 400000).astype(np.float32),
                            np.linspace(-70, -8, 50000, dtype=np.float32)])
 
 
