@@ -8,14 +8,14 @@ _erfc = np.vectorize(math.erfc, otypes=[float])
 
 def gated(x, z):
     """x / (1 + exp(-z)); its left tail too, where exp(-z) overflows and the result is not yet 0."""
-    half = np.exp(np.minimum(z, 0) / 2)
-    return x * half / (1 + np.exp(-np.abs(z))) * half
+    x, half = np.asarray(x, np.float64), np.exp(np.minimum(z, 0) / 2)
+    return np.where(np.isneginf(x), 0, x * half / (1 + np.exp(-np.abs(z))) * half)
 
 
 def gelu(x, approximate="none"):
     x = np.asarray(x, np.float64)
     if approximate == "none":
-        return 0.5 * x * _erfc(-x / math.sqrt(2)) if x.size else x
+        return np.where(np.isneginf(x), 0, 0.5 * x * _erfc(-x / math.sqrt(2))) if x.size else x
     if approximate == "quick":
         return gated(x, 1.702 * x)
     return gated(x, 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
@@ -29,7 +29,8 @@ def softmax(x):
 def moe_route(logits, top_k, score="softmax", normalize=True, bias=None, num_groups=1, top_groups=1, scale=1.0):
     """(weight, expert_index, scores), token by token."""
     z = np.asarray(logits, np.float64)
-    scores = softmax(z) if score == "softmax" else 1 / (1 + np.exp(-z))
+    nothing = np.isneginf(z).all(1, keepdims=True)
+    scores = np.where(nothing, 0, softmax(z)) if score == "softmax" else 1 / (1 + np.exp(-z))
     weight, index = np.zeros((len(z), top_k)), np.zeros((len(z), top_k), int)
     for t, s in enumerate(scores):
         choice = s if bias is None else s + bias
@@ -40,7 +41,7 @@ def moe_route(logits, top_k, score="softmax", normalize=True, bias=None, num_gro
         index[t] = np.argsort(np.where(allowed.ravel(), -choice, np.inf), kind="stable")[:top_k]
         weight[t] = s[index[t]]
         if normalize:
-            weight[t] /= weight[t].sum() + (1e-20 if score == "sigmoid" else 0)
+            weight[t] /= weight[t].sum() + (1e-20 if score == "sigmoid" else 0) or 1
     return weight * scale, index, scores
 
 
@@ -51,7 +52,7 @@ def moe_mlp(x, weight, index, gate_up, down, kept=None):
         for j, e in enumerate(index[t]):
             if e >= 0 and (kept is None or kept[t, j]):
                 gate, up = np.split(gate_up[e].astype(np.float64) @ x[t], 2)
-                y[t] += weight[t, j] * (down[e].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up))
+                y[t] += weight[t, j] * (down[e].astype(np.float64) @ (gated(gate, gate) * up))
     return y
 
 
@@ -99,7 +100,7 @@ def _attention_rows(q, k, mask=None, causal=None, scale=None, *, align="bottom_r
         if window[1] >= 0:
             seen &= j <= position + window[1]
         if mask is not None:
-            seen &= full[b, h, i, :length] if mask.dtype == bool else full[b, h, i, :length] > -np.inf
+            seen &= full[b, h, i, :length] if mask.dtype == bool else full[b, h, i, :length] != -np.inf
         keys = np.flatnonzero(seen)
         raw = scale * k[b, h // group, keys].astype(np.float64) @ (q[b, h, i].astype(np.float64) if keys.size else
                                                                    np.zeros(dim))
@@ -116,15 +117,18 @@ def _attention_rows(q, k, mask=None, causal=None, scale=None, *, align="bottom_r
 
 
 def attention(q, k, v, mask=None, causal=None, scale=None, *, sinks=None, **features):
-    """(out, lse); `mask` boolean or added, `causal` None, "bottom_right" or "top_left". Masked slots are not read."""
+    """(out, lse); `mask` boolean or added, `causal` None, "bottom_right" or "top_left". Masked slots are not read, and
+    a score of -inf masks."""
     group = q.shape[1] // k.shape[1]
     out, lse = np.zeros((*q.shape[:3], v.shape[3])), np.full(q.shape[:3], -np.inf)
     for b, h, i, keys, _, _, s, factor in _attention_rows(q, k, mask, causal, scale, **features):
         if sinks is not None:
             s = np.append(s, sinks[h])
-        if s.size:
+        if s.max(initial=-np.inf) != -np.inf:
             p = np.exp(s - s.max())
-            out[b, h, i] = (p[:keys.size] * factor) @ v[b, h // group, keys].astype(np.float64) / p.sum()
+            weight = p[:keys.size] * factor
+            taken = weight != 0
+            out[b, h, i] = weight[taken] @ v[b, h // group, keys[taken]].astype(np.float64) / p.sum()
             lse[b, h, i] = s.max() + math.log(p.sum())
     return out, lse
 
@@ -143,11 +147,13 @@ def attention_gradients(q, k, v, dout, dlse=None, mask=None, causal=None, scale=
         p = np.exp(s - s.max())
         p /= p.sum()
         dy = dout[b, h, i].astype(np.float64) if keys.size else np.zeros(v.shape[3])
-        dp = np.append(factor * (v[b, h // group, keys].astype(np.float64) @ dy), [0] * (s.size - keys.size))
+        dp = np.where(factor == 0, 0, factor * (v[b, h // group, keys].astype(np.float64) @ dy))
+        dp = np.append(dp, [0] * (s.size - keys.size))
         ds = p * (dp - p @ dp + (0 if dlse is None else dlse[b, h, i]))
         g["sinks"][h] += ds[keys.size:].sum()
         ds = ds[:keys.size]
-        g["v"][b, h // group, keys] += np.outer(p[:keys.size] * factor, dy)
+        kept = factor != 0
+        g["v"][b, h // group, keys[kept]] += np.outer((p[:keys.size] * factor)[kept], dy)
         g["mask"][b, h, i, keys] = ds
         g["slopes"][b, h] += ds @ ahead
         if softcap:
@@ -188,10 +194,8 @@ def cross_entropy(logits, targets, label_smoothing=0.0, z_loss=0.0, reduction="m
 
 
 def rotary(x, cos, sin, interleaved):
-    """Pairs as complex numbers, times exp(i angle)."""
-    x, half, turn = np.asarray(x, np.float64), x.shape[-1] // 2, cos.astype(float) + 1j * sin
-    if interleaved:
-        z = (x[..., ::2] + 1j * x[..., 1::2]) * turn
-        return np.stack([z.real, z.imag], -1).reshape(x.shape)
-    z = (x[..., :half] + 1j * x[..., half:]) * turn
-    return np.concatenate([z.real, z.imag], -1)
+    """Pairs (a, b) turned: (a cos - b sin, b cos + a sin)."""
+    x, half = np.asarray(x, np.float64), x.shape[-1] // 2
+    a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    turned = a * cos - b * sin, b * cos + a * sin
+    return np.stack(turned, -1).reshape(x.shape) if interleaved else np.concatenate(turned, -1)

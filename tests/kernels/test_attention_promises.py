@@ -12,7 +12,7 @@ from tests import oracle
 from tests.conftest import levels
 from tests.kernels.test_attention import arrays, sdpa
 from tests.kernels.test_attention_backward import upstream
-from tests.kernels.test_attention_features import run
+from tests.kernels.test_attention_features import random_case, run, summed
 
 
 def keywords(heads, keys, seed=0):
@@ -128,6 +128,24 @@ def test_masked_slots_may_hold_anything(value):
         array[:, :, index] = value
         assert identical(results(), clean)
         array[:, :, index] = before
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout", "dlse", "mask", "slopes", "sinks"])
+def test_nan_shows_in_all_that_depends_on_it_and_in_nothing_else(name):
+    for seed in range(60):
+        (q, k, v, dout, dlse), ours, theirs = random_case(seed, np.float32 if seed % 2 else np.float64)
+        rng = np.random.default_rng(seed)
+        x = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse, **theirs}.get(name)
+        if x is None or x.dtype.kind != "f":
+            continue
+        x.flat[rng.integers(0, x.size, 2)] = np.nan
+        out, lse, gradients = run(q, k, v, dout, dlse, **ours)
+        want, want_lse = oracle.attention(q, k, v, **theirs)
+        g = oracle.attention_gradients(q, k, v, dout, dlse, **theirs)
+        assert (np.isnan(out) == np.isnan(want)).all() and (np.isnan(lse) == np.isnan(want_lse)).all()
+        for key, got in gradients.items():
+            if got is not None:
+                assert (np.isnan(got) == np.isnan(summed(g[key], got.shape))).all(), (key, seed)
 
 
 def test_a_row_that_sees_nothing_is_zero_with_zero_gradients():

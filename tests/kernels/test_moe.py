@@ -363,3 +363,16 @@ def test_bad_arrays_are_named():
     r.row[0, 0] = 1000
     with pytest.raises(ValueError, match="contradict"):
         moe.dispatch(np.zeros((3, 5)), r)
+
+
+def test_a_token_without_experts_has_no_weight_and_no_gradient():
+    logits = nf.Tensor(np.array([[-np.inf, -np.inf], [0, 1]]), requires_grad=True)
+    routing = moe.route(logits, 2)
+    assert (routing.weight.data[0] == 0).all() and (routing.probabilities.data[0] == 0).all()
+    (routing.weight * np.array([[1.0, 2], [3, 5]])).sum().backward()
+    assert (logits.grad[0] == 0).all() and (logits.grad[1] != 0).all()
+
+
+def test_router_z_loss_refuses_a_mask_that_does_not_fit():
+    with pytest.raises(ValueError, match=r"token_mask must have shape \(3,\), got \(1,\)"):
+        moe.router_z_loss(np.zeros((3, 2)), token_mask=np.array([True]))

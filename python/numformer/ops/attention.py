@@ -167,6 +167,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     ndarray, or Tensor where one of the inputs is one, (B, H, Sq, Dv)
         In memory (B, Sq, H, Dv) where query is a view of that order, so that joining the heads copies nothing.
         A row that sees no key is 0, its lse is -inf and its gradients are 0, whatever the masked slots hold.
+        NaN and infinities give what the formula gives, with one exception: a score of -inf masks, however it came
+        about, and a weight of 0 adds nothing, whatever its value holds (0 times inf is 0 here).
 
     Raises
     ------

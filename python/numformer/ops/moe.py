@@ -66,12 +66,12 @@ class Routing:
         return f"Routing({tokens} tokens, top {k} of {len(self.counts)} experts, {len(self.source)} rows)"
 
 
-def _token_mask(token_mask):
+def _token_mask(token_mask, op):
     if token_mask is None:
         return None
-    mask = as_array(token_mask, "route", "token_mask")
+    mask = as_array(token_mask, op, "token_mask")
     if mask.dtype != np.bool_:
-        raise TypeError(f"route: token_mask must be bool, True for a token and False for padding, got {mask.dtype}")
+        raise TypeError(f"{op}: token_mask must be bool, True for a token and False for padding, got {mask.dtype}")
     return mask
 
 
@@ -104,7 +104,7 @@ def route(logits, top_k, *, score="softmax", normalize=True, bias=None, num_grou
     ----------
     logits : (T, E) array_like or Tensor, float32 or float64
         Router logits. Keep them in float32 whatever the model's dtype. A NaN or +inf makes the weights of its own
-        token NaN, and nothing else; -inf takes an expert out.
+        token NaN, and nothing else; -inf takes an expert out, and a token without experts has the weights 0.
     top_k : int
     score : {"softmax", "sigmoid"}
         Softmax over the experts, or a sigmoid of each logit (DeepSeek-V3).
@@ -138,7 +138,7 @@ def route(logits, top_k, *, score="softmax", normalize=True, bias=None, num_grou
         If `logits` is not float32 or float64, or `token_mask` not bool.
     """
     parts = []
-    mask = _token_mask(token_mask)
+    mask = _token_mask(token_mask, "route")
     weight, probabilities = apply(route_forward, route_backward, logits, top_k=top_k, score=score, normalize=normalize,
                                   bias=bias, num_groups=num_groups, top_groups=top_groups, scale=scale,
                                   capacity=capacity, token_mask=mask, parts=parts)
@@ -202,7 +202,7 @@ def route_expert_choice(logits, capacity, *, token_mask=None):
         Ties go to the earliest token. The weights are the probabilities, not normalized.
     """
     parts = []
-    mask = _token_mask(token_mask)
+    mask = _token_mask(token_mask, "route_expert_choice")
     weight, probabilities = apply(route_expert_choice_forward, route_expert_choice_backward, logits, capacity=capacity,
                                   token_mask=mask, parts=parts)
     tokens = parts[0].shape[0]
@@ -380,27 +380,34 @@ def router_z_loss_forward(logits, *, token_mask=None):
     logits = as_floats(logits, "router_z_loss", "logits")
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"router_z_loss: logits must have shape (T, E) with E > 0, got {logits.shape}")
-    most = logits.max(1, keepdims=True)
-    powers = np.exp(logits - most)
-    sums = powers.sum(1, keepdims=True)
-    lse = most + np.log(sums)
     tokens = len(logits)
-    if token_mask is not None:
-        tokens = int(np.count_nonzero(token_mask))
-        lse = np.where(token_mask[:, None], lse, logits.dtype.type(0))
-    loss = np.asarray(np.square(lse).sum() / logits.dtype.type(max(tokens, 1)))
+    with np.errstate(all="ignore"):
+        most = logits.max(1, keepdims=True)
+        most[~np.isfinite(most)] = 0
+        powers = np.exp(logits - most)
+        sums = powers.sum(1, keepdims=True)
+        lse = most + np.log(sums)
+        if token_mask is not None:
+            if token_mask.shape != (tokens,):
+                raise ValueError(f"router_z_loss: token_mask must have shape ({tokens},), got {token_mask.shape}")
+            tokens = int(np.count_nonzero(token_mask))
+            lse = np.where(token_mask[:, None], lse, logits.dtype.type(0))
+        loss = np.asarray(np.square(lse).sum() / logits.dtype.type(max(tokens, 1)))
     return loss, (powers, sums, lse, max(tokens, 1))
 
 
 def router_z_loss_backward(dy, saved):
     """Return the gradient with respect to the logits, in a tuple."""
     powers, sums, lse, tokens = saved
-    gradient = powers * (lse / sums * (2 / tokens * dy))
+    with np.errstate(all="ignore"):
+        gradient = powers * (lse / sums * (2 / tokens * dy))
     return (np.where(lse == 0, gradient.dtype.type(0), gradient),)
 
 
 def router_z_loss(logits, *, token_mask=None):
     """The mean of ``logsumexp(logits)**2`` over the tokens (ST-MoE, Zoph et al. 2022): keeps logits small.
+
+    Infinite for a token with a logit of inf, or with none above -inf.
 
     Parameters
     ----------
@@ -412,4 +419,5 @@ def router_z_loss(logits, *, token_mask=None):
     -------
     0-d ndarray, or Tensor where `logits` is one
     """
-    return apply(router_z_loss_forward, router_z_loss_backward, logits, token_mask=_token_mask(token_mask))
+    return apply(router_z_loss_forward, router_z_loss_backward, logits,
+                 token_mask=_token_mask(token_mask, "router_z_loss"))
