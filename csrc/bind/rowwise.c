@@ -401,8 +401,17 @@ integers_of(PyObject *object, const char *op, const char *name)
                                   : (PyObject *)Py_TYPE(object));
         return NULL;
     }
-    return (PyArrayObject *)PyArray_FROM_OTF(object, NPY_INT64,
-                                             NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
+    PyArrayObject *ids = (PyArrayObject *)PyArray_FROM_OTF(
+        object, NPY_INT64, NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
+    if (ids != NULL && PyArray_ISUNSIGNED((PyArrayObject *)object)) {
+        /* What wrapped around might be the id that is ignored. */
+        const size_t n = (size_t)PyArray_SIZE(ids);
+        if (nf_first_outside(PyArray_DATA(ids), n, INT64_MAX, 0) < n) {
+            PyErr_Format(PyExc_ValueError, "%s: %s must be below 2^63 - 1", op, name);
+            Py_CLEAR(ids);
+        }
+    }
+    return ids;
 }
 
 /* -1 with ValueError that names the first id outside 0 .. limit-1 (`except` may stand). */
