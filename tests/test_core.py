@@ -39,6 +39,14 @@ def test_the_number_of_threads_is_what_was_set_or_what_openmp_says(threads):
             nf.set_num_threads(wrong)
 
 
+def test_waiting_threads_spin_briefly_unless_the_user_decides():
+    code = "import os, numformer; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert run(code, GOMP_SPINCOUNT="77") == "77"
+    unset = "import os; os.environ.pop('GOMP_SPINCOUNT', 0); os.environ.pop('OMP_WAIT_POLICY', 0); "
+    assert run(unset + code) == "10000"
+    assert run(unset + "os.environ['OMP_WAIT_POLICY'] = 'active'; " + code) == "None"
+
+
 def test_threadpoolctl_sets_the_number_of_threads():
     pytest.importorskip("threadpoolctl")
     code = ("import numformer as nf, threadpoolctl\n"

@@ -1,4 +1,5 @@
 """Transformer kernels for NumPy: attention, mixture of experts, quantization, with gradients."""
+from numformer import _threads as _threads  # first: before libgomp is loaded
 from numformer import moe as moe
 from numformer._core import empty_cache as empty_cache
 from numformer._core import get_num_threads as get_num_threads
