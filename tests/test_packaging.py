@@ -48,3 +48,8 @@ def test_a_source_archive_holds_all_that_building_and_testing_take(tmp_path):
     assert len(wanted) > 200 and not wanted - held
     assert {"setup.py", "pyproject.toml", "Makefile", "README.md", ".ci/run"} <= held
     assert not any(name.endswith(".so") for name in held)
+
+
+def test_importing_numformer_imports_no_torch():
+    code = "import sys, numformer; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

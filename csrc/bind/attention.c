@@ -154,10 +154,11 @@ new_side_gradients(nf_attention_call *c, PyObject *mask, long wants)
                                 (p->keys + c->kernels->block_keys - 1)
                                     / c->kernels->block_keys};
     if (wants & WANT_MASK && p->mask_kind == NF_ADDED_MASK) {
-        const npy_intp *const step = p->mask_strides;
-        p->mask_gradient = step[3] == 0   ? NF_MASK_ROWS
-                           : step[2] == 0 ? NF_MASK_KEYS
-                                          : NF_WHOLE_MASK;
+        PyArrayObject *const given = (PyArrayObject *)mask;
+        const int ndim = PyArray_NDIM(given);
+        p->mask_gradient = ndim < 1 || PyArray_DIM(given, ndim - 1) == 1   ? NF_MASK_ROWS
+                           : ndim < 2 || PyArray_DIM(given, ndim - 2) == 1 ? NF_MASK_KEYS
+                                                                           : NF_WHOLE_MASK;
         c->dmask = p->mask_gradient == NF_MASK_ROWS ? nf_new_zeroed(3, rows, c->numbers)
                    : p->mask_gradient == NF_MASK_KEYS
                        ? nf_new_zeroed(3, keys, c->numbers)

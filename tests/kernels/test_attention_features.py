@@ -149,6 +149,17 @@ def test_the_tape_gives_every_gradient():
     assert mask.grad.shape == mask.shape and sinks.grad is not None
 
 
+def test_a_mask_that_is_broadcast_by_its_strides_gets_the_gradient_of_each_of_its_elements():
+    q, k, v = arrays(4, 4, 5, 9, 8, batch=2)
+    one_a_key = np.random.default_rng(3).standard_normal((2, 1, 1, 9), np.float32)
+    for shape in ((2, 1, 5, 9), (2, 4, 5, 9)):
+        gradients = []
+        for mask in (np.broadcast_to(one_a_key, shape), np.ascontiguousarray(np.broadcast_to(one_a_key, shape))):
+            out, saved = attention_forward(q, k, v, mask)
+            gradients.append(attention_backward(out, saved)[3])
+        assert gradients[0].shape == shape and (gradients[0] == gradients[1]).all()
+
+
 def test_one_element_of_a_window_is_the_value_itself_and_causality_closes_its_right():
     q, k, v = arrays(2, 2, 20, 20, 8)
     np.testing.assert_allclose(sdpa(q, k, v, window_size=(0, 0)), v, rtol=1e-6)

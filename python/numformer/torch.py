@@ -1,0 +1,241 @@
+"""Attention for PyTorch on the CPU: torch's signature, torch's autograd, and no copies.
+
+    import numformer.torch          # from here on transformers knows attn_implementation="numformer"
+    numformer.torch.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+Nothing else in numformer imports torch, and the compiled kernels know nothing of it: a CPU tensor is an array at the
+same place in memory, and goes in as one.
+"""
+import contextlib
+import math
+
+import numpy as np
+import torch
+
+import numformer as nf
+from numformer.ops.attention import attention_backward, attention_forward
+
+__all__ = ["attention_of_transformers", "scaled_dot_product_attention"]
+
+_OP = "scaled_dot_product_attention"
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _array(x, name):
+    """The memory of a tensor as an ndarray, or None for None."""
+    if x is None:
+        return None
+    x = x.detach().resolve_neg()
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(_bfloat16(name))
+    return x.numpy()
+
+
+def _bfloat16(name):
+    """NumPy's dtype for it."""
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError:
+        raise TypeError(f"{_OP}: {name} is bfloat16, which NumPy knows by the package ml_dtypes: install it, or give "
+                        "float32, float64 or float16") from None
+    return bfloat16
+
+
+def _tensor(x):
+    """The way back, without a copy either."""
+    if x is None:
+        return None
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def _check(x, name, dtypes):
+    """Refuse what is not a dense tensor in the memory of the CPU."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{_OP}: {name} must be a torch tensor, got {type(x).__name__}; arrays go to "
+                        f"numformer.{_OP}")
+    if x.device.type != "cpu" or x.layout != torch.strided:
+        kind = f"on {x.device}" if x.device.type != "cpu" else f"of layout {x.layout}"
+        raise TypeError(f"{_OP}: {name} must be a dense tensor on the CPU, got one {kind}; use .cpu(), .to_dense() or "
+                        f"torch.nn.functional.{_OP}")
+    if x.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{_OP}: {name} must be of one of the dtypes {names}, got {x.dtype}")
+
+
+class _Attention(torch.autograd.Function):
+    """attention_forward and attention_backward; whatever is kept between them, torch keeps, watches and frees."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, keywords):
+        inputs = query, key, value, attn_mask, alibi_slopes, sinks
+        wanted = [name for name, need in zip(("mask", "slopes", "sinks"), ctx.needs_input_grad[3:6]) if need]
+        arrays = [_array(x, name) for x, name in zip(inputs, _NAMES)]
+        (out, lse), saved = attention_forward(*arrays, return_lse=True, gradients=wanted, **keywords)
+        # of what backward needs, numbers and tuples stay here
+        ctx.rest, stats = saved[4:9], saved[10]
+        out, lse = _tensor(out), _tensor(lse)
+        ctx.save_for_backward(*inputs, out, _tensor(stats))
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlse):
+        if dout is None and dlse is None:
+            return (None,) * 7
+        query, key, value, attn_mask, _, _, out, stats = (_array(x, "a saved tensor") for x in ctx.saved_tensors)
+        saved = (query, key, value, attn_mask, *ctx.rest, out, stats)
+        gradients = attention_backward((_array(dout, "the gradient"), _array(dlse, "the gradient")), saved)
+        return *[_tensor(g) if need else None for g, need in zip(gradients, ctx.needs_input_grad)], None
+
+
+_NAMES = "query", "key", "value", "attn_mask", "alibi_slopes", "sinks"
+
+
+def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                                 enable_gqa=False, *, causal_align="top_left", window_size=(-1, -1), softcap=0.0,
+                                 alibi_slopes=None, sinks=None, kv_lengths=None, return_lse=False):
+    """Compute :func:`torch.nn.functional.scaled_dot_product_attention` by numformer's kernels, with gradients.
+
+    Tensors are read and results handed back without a copy, whatever the strides, as long as the last axis is
+    contiguous.
+
+    Parameters
+    ----------
+    query : torch.Tensor, (..., H, L, E), on the CPU; float32, float64, float16 or bfloat16
+        bfloat16 takes the package ml_dtypes.
+    key : (..., H, S, E), of the same dtype
+        With `enable_gqa`, of fewer heads, of which H is a multiple.
+    value : (..., H, S, Ev)
+    attn_mask : torch.Tensor that broadcasts to (..., H, L, S), optional
+        Boolean, True where a query attends, or floating and added to the scores; then it gets its gradient.
+    dropout_p : float
+        The weights to drop follow from one number of torch's default generator: ``torch.manual_seed`` repeats them, and
+        torch.utils.checkpoint drops the same again.
+    is_causal : bool
+        With `attn_mask`, both hold.
+    scale : float, optional
+        ``1/sqrt(E)`` by default.
+    enable_gqa : bool
+        Allow fewer heads of keys and values.
+    causal_align : {"top_left", "bottom_right"}
+        torch's meaning here, unlike in :func:`numformer.scaled_dot_product_attention`.
+    window_size, softcap, alibi_slopes, sinks, kv_lengths, return_lse
+        As in :func:`numformer.scaled_dot_product_attention`; slopes and sinks are tensors and get their gradients.
+
+    Returns
+    -------
+    torch.Tensor, (..., H, L, Ev)
+        A row that sees no key is 0, and so are its gradients.
+
+    Raises
+    ------
+    TypeError
+        If something is not a dense CPU tensor, or is of another dtype.
+    ValueError
+        If shapes do not fit together, or a number is out of its range.
+    RuntimeError
+        If a gradient of the gradient is asked for.
+    """
+    inputs = [query, key, value, attn_mask, alibi_slopes, sinks]
+    for x, name in zip(inputs, _NAMES):
+        if x is not None:
+            _check(x, name, (torch.bool, *_FLOATS) if name == "attn_mask" else _FLOATS)
+    lead, shape = query.shape[:-3], query.shape[:-1]
+    if query.ndim < 2 or not query.ndim == key.ndim == value.ndim or not lead == key.shape[:-3] == value.shape[:-3]:
+        raise ValueError(f"{_OP}: query, key and value must have as many axes, at least 2, and the same leading ones, "
+                         f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
+    if query.ndim > 2 and query.shape[-3] != key.shape[-3] and not enable_gqa:
+        raise ValueError(f"{_OP}: query has {query.shape[-3]} heads and key {key.shape[-3]}: pass enable_gqa=True "
+                         "where several query heads share one of key and value")
+    if attn_mask is not None and query.dtype == torch.float64 and attn_mask.dtype == torch.float32:
+        inputs[3] = attn_mask.double()          # torch takes a float32 mask for any query
+    inputs[:4] = _four_axes(inputs[:4], lead)
+    rng = None
+    if dropout_p != 0:
+        rng = np.random.default_rng(torch.randint(2**62, (), dtype=torch.int64).item())
+    keywords = {"is_causal": bool(is_causal), "causal_align": causal_align, "scale": scale, "window_size": window_size,
+                "softcap": softcap, "kv_lengths": None if kv_lengths is None else np.asarray(kv_lengths),
+                "dropout_p": dropout_p, "rng": rng}
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        out, lse = _Attention.apply(*inputs, keywords)
+    else:
+        query, key, value, attn_mask, slopes, sinks = (_array(x, name) for x, name in zip(inputs, _NAMES))
+        result = nf.scaled_dot_product_attention(query, key, value, attn_mask, alibi_slopes=slopes, sinks=sinks,
+                                                 return_lse=return_lse, **keywords)
+        out, lse = (_tensor(x) for x in result) if return_lse else (_tensor(result), None)
+    if len(shape) != 3:
+        out, lse = out.reshape(*shape, out.shape[3]), None if lse is None else lse.reshape(shape)
+    return (out, lse) if return_lse else out
+
+
+def _four_axes(inputs, lead):
+    """query, key, value and attn_mask as (B, H, L, E): views for up to four axes."""
+    *heads, mask = inputs
+    if len(lead) <= 1:
+        return [*(x[(None,) * (4 - x.ndim)] for x in heads), mask]
+    if mask is not None and mask.ndim > 3:
+        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    return [*(x.reshape(math.prod(lead), *x.shape[-3:]) for x in heads), mask]
+
+
+def attention_of_transformers(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None,
+                              position_bias=None, softcap=None, s_aux=None, **kwargs):
+    """What ``attn_implementation="numformer"`` calls in a model of Hugging Face's transformers.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Says by ``is_causal`` what holds where there is no mask.
+    query, key, value : torch.Tensor, (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)
+    attention_mask : torch.Tensor, optional
+        Boolean or added; all that is to be masked, window and causality included.
+    dropout, scaling : float
+    is_causal : bool, optional
+        Instead of the module's.
+    position_bias : torch.Tensor, optional
+        Added to the scores.
+    softcap : float, optional
+    s_aux : torch.Tensor (H,), optional
+        Attention sinks.
+
+    Returns
+    -------
+    out : torch.Tensor, (B, L, H, Ev)
+    weights : None
+
+    Raises
+    ------
+    ValueError
+        If the weights are asked for (``output_attentions``): they are never held.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError('attn_implementation="numformer" holds no attention weights, so output_attentions=True needs '
+                         '"eager"')
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    # One query is the last; and where the first of several meet more keys, the rest of a static cache is empty.
+    is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    if position_bias is not None:
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            attention_mask = torch.where(attention_mask, position_bias, -torch.inf)
+        else:
+            attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
+    out = scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scaling, True,
+                                       softcap=softcap or 0.0, sinks=s_aux)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _register():
+    """Tell transformers, if there is one that asks, how attention and its masks are made here."""
+    with contextlib.suppress(ImportError):
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        AttentionInterface.register("numformer", attention_of_transformers)
+        AttentionMaskInterface.register("numformer", sdpa_mask)
+
+
+_register()

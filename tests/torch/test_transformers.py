@@ -1,0 +1,152 @@
+"""Unchanged models of transformers, small and random, by attn_implementation="numformer"."""
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("numformer.torch")
+
+SMALL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 60}
+DECODER = SMALL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+                   "num_key_value_heads": 2, "max_position_embeddings": 64}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**DECODER),
+    "mistral": lambda: transformers.MistralConfig(**DECODER, sliding_window=5),
+    "gpt2": lambda: transformers.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0,
+                                            embd_pdrop=0.0, resid_pdrop=0.0),
+    "gemma2": lambda: transformers.Gemma2Config(**DECODER, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **DECODER, head_dim=8, sliding_window=5, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"]),
+}
+
+
+def models(name, *implementations):
+    """The same weights under each implementation."""
+    made = []
+    for implementation in implementations:
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=implementation)
+        made.append(model.eval())
+    for model in made[1:]:
+        model.load_state_dict(made[0].state_dict())
+    return made
+
+
+def batch():
+    tokens = torch.randint(2, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    padding = torch.ones_like(tokens)
+    padding[1, :4] = 0          # on the left, as in generation
+    padding[2, 9:] = 0          # on the right, as in training
+    return tokens, padding
+
+
+def reference(name):
+    return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"     # sdpa has neither softcap nor sinks
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_every_gradient_are_those_of_the_reference(name, padded):
+    tokens, padding = batch()
+    padding = padding if padded else None
+    labels = tokens.clone()
+    if padded:      # what stands after a token of padding is foretold from a row that sees nothing
+        labels[padding == 0] = -100
+        labels[:, 1:][padding[:, :-1] == 0] = -100
+    real = torch.ones_like(tokens, dtype=torch.bool) if padding is None else padding.bool()
+    results = []
+    for model in models(name, "numformer", reference(name)):
+        result = model(tokens, attention_mask=padding, labels=labels)
+        result.loss.backward()
+        results.append([result.logits[real], result.loss, *(p.grad for p in model.parameters())])
+    assert len(results[0]) > 10
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_three_steps_of_training_are_those_of_the_reference(name):
+    tokens, _ = batch()
+    losses = []
+    for model in models(name, "numformer", reference(name)):
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.5)
+        losses.append([])
+        for _ in range(3):
+            loss = model(tokens, labels=tokens).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][2] < losses[0][0] and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation_is_the_same_token_for_token(name, cache):
+    tokens, padding = batch()
+    tokens, padding = tokens[:2], padding[:2]
+    ours, theirs = (
+        model.generate(tokens, attention_mask=padding, max_new_tokens=12, do_sample=False, cache_implementation=cache,
+                       disable_compile=True)
+        for model in models(name, "numformer", reference(name)))
+    assert ours.shape[1] > 12 and torch.equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(name):
+    tokens, _ = batch()
+    model, = models(name, "numformer")
+    with torch.no_grad():
+        whole = model(tokens).logits
+        cache = transformers.DynamicCache(config=model.config)
+        first, rest = (model(piece, past_key_values=cache) for piece in (tokens[:, :7], tokens[:, 7:]))
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_sees_both_ways():
+    tokens, padding = batch()
+    results = []
+    for implementation in ("numformer", "sdpa"):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(
+            transformers.BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                    intermediate_size=48), attn_implementation=implementation).eval()
+        results.append([model(tokens, attention_mask=mask).last_hidden_state[padding.bool()]
+                        for mask in (padding, None)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_t5_adds_its_learned_bias_and_learns_it():
+    tokens, padding = batch()
+    results = []
+    for implementation in ("numformer", "sdpa"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(
+            transformers.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                  decoder_start_token_id=0), attn_implementation=implementation).eval()
+        assert model.config._attn_implementation == implementation
+        loss = model(tokens, attention_mask=padding, labels=tokens).loss
+        loss.backward()
+        results.append([loss, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_runs_and_trains():
+    pytest.importorskip("ml_dtypes")
+    tokens, _ = batch()
+    model, = models("llama", "numformer")
+    exact = model(tokens).logits
+    model.bfloat16()
+    result = model(tokens, labels=tokens)
+    result.loss.backward()
+    assert (result.logits.float() - exact).abs().max() < 0.05 * exact.abs().max() + 0.02
+    assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_attention_weights_are_refused():
+    model, = models("llama", "numformer")
+    with pytest.raises(ValueError, match="eager"):
+        model(batch()[0], output_attentions=True)
