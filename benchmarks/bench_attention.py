@@ -13,7 +13,8 @@ from benchmarks.harness import Suite, normal, torch  # isort: skip
 import numpy as np
 
 from numformer import alibi_slopes, paged_attention, scaled_dot_product_attention
-from numformer.ops.attention import attention_backward, attention_forward
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 
 # name: (B, H, Hkv, S, D, causal), goals of forward and backward
 SHAPES = {

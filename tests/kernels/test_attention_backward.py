@@ -4,7 +4,9 @@ import pytest
 
 import numformer as nf
 from numformer.nn.attention import split_heads
-from numformer.ops.attention import attention_backward, attention_forward, packed_attention
+from numformer.ops.attention import packed_attention
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 from tests import oracle
 from tests.kernels.test_attention import arrays, sdpa
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import numformer as nf
-from numformer.ops.attention import attention_backward, attention_forward
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 from tests import oracle
 from tests.gradients import slope
 from tests.kernels.test_attention import arrays, check, sdpa

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import numformer as nf
-from numformer.ops.attention import attention_backward, attention_forward
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 from tests import oracle
 from tests.conftest import levels
 from tests.kernels.test_attention import arrays, sdpa
@@ -221,7 +222,8 @@ def test_error_is_at_most_twice_that_of_the_naive_formula(features):
 
 MEMORY = """
 import resource, numpy as np, numformer as nf
-from numformer.ops.attention import attention_backward, attention_forward
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 rng = np.random.default_rng(0)
 q, k, v, dout = (rng.standard_normal((1, 1, 32768, 64), np.float32) for _ in range(4))
 keywords = dict(window_size=(64, 0), dropout_p=0.1, rng=rng)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import numformer as nf
-from numformer.ops.attention import attention_backward, attention_forward
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 from numformer.ops.varlen import attention_varlen_backward, attention_varlen_forward
 from tests import oracle
 from tests.conftest import levels

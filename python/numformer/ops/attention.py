@@ -8,9 +8,9 @@ import numpy as np
 from numformer import _core
 from numformer.tensor import Tensor, apply
 
-__all__ = ["alibi_slopes", "attention_backward", "attention_forward", "merge_attention", "merge_attention_backward",
-           "merge_attention_forward", "packed_attention", "packed_attention_backward", "packed_attention_forward",
-           "scaled_dot_product_attention"]
+__all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
+           "packed_attention_backward", "packed_attention_forward", "scaled_dot_product_attention",
+           "scaled_dot_product_attention_backward", "scaled_dot_product_attention_forward"]
 
 _OP = "scaled_dot_product_attention"
 _ALIGN = {"bottom_right": 0, "top_left": 2}
@@ -49,10 +49,10 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
             block_table, key_scale, value_scale)
 
 
-def attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None, *, is_causal=False,
-                      causal_align="bottom_right", scale=None, return_lse=False, out=None,
-                      gradients=("mask", "slopes", "sinks"), **features):
-    """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_backward` needs.
+def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None, *,
+                                         is_causal=False, causal_align="bottom_right", scale=None, return_lse=False,
+                                         out=None, gradients=("mask", "slopes", "sinks"), **features):
+    """Return ``(out, saved)``, or ``((out, lse), saved)``; :func:`scaled_dot_product_attention_backward` needs `saved`.
 
     `features` are window_size, softcap, kv_lengths, dropout_p and rng; and cu_seqlens_q and cu_seqlens_k, where the
     batch axes have length 1 and the sequences lie one behind the other. `gradients` names those of attn_mask, ALiBi
@@ -75,7 +75,7 @@ def _mask_gradient(gradient, mask):
     return gradient.sum(axis=axes, keepdims=True, dtype=np.float64).astype(mask.dtype).reshape(mask.shape)
 
 
-def attention_backward(dy, saved):
+def scaled_dot_product_attention_backward(dy, saved):
     """Return the gradients with respect to query, key, value, attn_mask, alibi_slopes and sinks; None where not wanted.
 
     A gradient has its heads inside its rows in memory, as (B, S, H, D), where the array it belongs to has.
@@ -198,9 +198,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                        _features(alibi_slopes=alibi_slopes, sinks=sinks, **features), out,
                                        1 if return_lse else 0)
     wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
-    return apply(attention_forward, attention_backward, query, key, value, attn_mask, alibi_slopes, sinks,
-                 is_causal=is_causal, causal_align=causal_align, scale=scale, return_lse=return_lse, out=out,
-                 gradients=wanted, **features)
+    return apply(scaled_dot_product_attention_forward, scaled_dot_product_attention_backward,
+                 query, key, value, attn_mask, alibi_slopes, sinks, is_causal=is_causal, causal_align=causal_align,
+                 scale=scale, return_lse=return_lse, out=out, gradients=wanted, **features)
 
 
 def alibi_slopes(num_heads):

@@ -26,7 +26,7 @@ def attention_varlen_forward(query, key, value, alibi_slopes=None, sinks=None, *
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
     query, key, value = (_heads(x, "attention_varlen", name) for x, name in
                          ((query, "query"), (key, "key"), (value, "value")))
-    (out, lse), saved = attention.attention_forward(
+    (out, lse), saved = attention.scaled_dot_product_attention_forward(
         query, key, value, None, alibi_slopes, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         return_lse=True, **keywords)
     return ((_tokens(out), _tokens(lse)) if return_lse else _tokens(out)), (saved, return_lse)
@@ -38,7 +38,7 @@ def attention_varlen_backward(dy, saved):
     dout, dlse = dy if return_lse else (dy, None)
     dout = None if dout is None else _heads(dout, "attention_varlen", "the gradient of out")
     dlse = None if dlse is None else dlse.T[None]
-    dq, dk, dv, _, dslopes, dsinks = attention.attention_backward((dout, dlse), saved)
+    dq, dk, dv, _, dslopes, dsinks = attention.scaled_dot_product_attention_backward((dout, dlse), saved)
     return _tokens(dq), _tokens(dk), _tokens(dv), dslopes, dsinks
 
 
