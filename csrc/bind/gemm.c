@@ -85,6 +85,37 @@ read_matrix(PyObject *object, int type, int ndim, const char *op, const char *na
     return matrix_of(array, op, name);
 }
 
+/* args[0] and args[1] as matrices of one type, which is returned; -1 with an error. Both are the
+   caller's to release in any case. */
+static int
+read_pair(PyObject *const *args, matrix *a, matrix *b, const char *op)
+{
+    *a = read_matrix(args[0], NPY_NOTYPE, 2, op, "a");
+    if (a->array == NULL) {
+        return -1;
+    }
+    const int type = PyArray_TYPE(a->array);
+    *b = read_matrix(args[1], type, 2, op, "b");
+    return b->array == NULL ? -1 : type;
+}
+
+/* The kernels' arithmetic of places is sound up to 2^33. Memory of that size is not needed to get
+   here: an axis may have stride 0. */
+static int
+check_size(const char *op, npy_intp m, npy_intp n, npy_intp k)
+{
+    const npy_intp most = (npy_intp)1 << 33;
+    if (m > most || n > most || k > most) {
+        PyErr_Format(
+            PyExc_ValueError,
+            "%s: a product may have at most 2^33 rows, columns and terms of a sum, "
+            "got %zd, %zd and %zd; cut it into pieces",
+            op, (Py_ssize_t)m, (Py_ssize_t)n, (Py_ssize_t)k);
+        return -1;
+    }
+    return 0;
+}
+
 /* Of a C-contiguous array that we made or checked. */
 static matrix
 whole(PyArrayObject *array, npy_intp rows, npy_intp columns)
@@ -156,6 +187,9 @@ linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
             "%s: weight must have shape (N, %zd) as x has %zd features, got (%zd, %zd)", op,
             (Py_ssize_t)x.columns, (Py_ssize_t)x.columns, (Py_ssize_t)w.rows,
             (Py_ssize_t)w.columns);
+        goto fail;
+    }
+    if (check_size(op, x.rows, w.rows, x.columns) < 0) {
         goto fail;
     }
     npy_intp shape[NPY_MAXDIMS];
@@ -245,19 +279,17 @@ product(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (nf_check_count(op, count, 4) < 0) {
         return NULL;
     }
-    a = read_matrix(args[0], NPY_NOTYPE, 2, op, "a");
-    if (a.array == NULL) {
-        goto fail;
-    }
-    const int type = PyArray_TYPE(a.array), accumulate = PyObject_IsTrue(args[3]);
-    b = read_matrix(args[1], type, 2, op, "b");
-    if (b.array == NULL || accumulate < 0) {
+    const int type = read_pair(args, &a, &b, op), accumulate = PyObject_IsTrue(args[3]);
+    if (type < 0 || accumulate < 0) {
         goto fail;
     }
     if (a.columns != b.rows) {
         PyErr_Format(PyExc_ValueError, "%s: a (%zd, %zd) and b (%zd, %zd) do not fit", op,
                      (Py_ssize_t)a.rows, (Py_ssize_t)a.columns, (Py_ssize_t)b.rows,
                      (Py_ssize_t)b.columns);
+        goto fail;
+    }
+    if (check_size(op, a.rows, b.columns, a.columns) < 0) {
         goto fail;
     }
     const npy_intp shape[2] = {a.rows, b.columns};
@@ -387,6 +419,9 @@ grouped_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
             goto fail;
         }
     }
+    if (check_size(op, x.rows, out, in) < 0) {
+        goto fail;
+    }
     const npy_intp shape[2] = {x.rows, out};
     y = nf_new(2, shape, type);
     nf_gemm *products = nf_pool_allocate((size_t)(groups + 1) * sizeof *products);
@@ -425,13 +460,8 @@ grouped_outer(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (nf_check_count(op, count, 3) < 0) {
         return NULL;
     }
-    a = read_matrix(args[0], NPY_NOTYPE, 2, op, "a");
-    if (a.array == NULL) {
-        goto fail;
-    }
-    const int type = PyArray_TYPE(a.array);
-    b = read_matrix(args[1], type, 2, op, "b");
-    if (b.array == NULL) {
+    const int type = read_pair(args, &a, &b, op);
+    if (type < 0) {
         goto fail;
     }
     if (a.rows != b.rows) {
@@ -448,6 +478,9 @@ grouped_outer(PyObject *module, PyObject *const *args, Py_ssize_t count)
     }
     const int64_t *const offsets = read_offsets(args[2], groups, a.rows, op);
     if (offsets == NULL) {
+        goto fail;
+    }
+    if (check_size(op, a.columns, b.columns, a.rows) < 0) {
         goto fail;
     }
     const npy_intp shape[3] = {groups, a.columns, b.columns};

@@ -12,6 +12,7 @@
 
 enum {
     ENOUGH_TASKS = 16,   /* so that two to four threads end at about one time */
+    EVEN = 2,            /* blocks of rows come in pairs: two threads end together */
     COLUMNS = 512,       /* an element of A is packed once for so many columns, */
     NARROW = 64,         /* or so many where A is little */
     PACK_COLUMNS = 64,   /* of a task that packs */
@@ -132,7 +133,7 @@ cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size
         c.column_parts = least(parts(bytes, FEW_BYTES), parts(n, kernels->columns));
     }
     else if (is_packed(kernels, p)) {
-        c.row_parts = parts(p->m, kernels->block_rows);
+        c.row_parts = parts(parts(p->m, kernels->block_rows), EVEN) * EVEN;
         c.column_parts = least(parts(wanted, c.row_parts), parts(n, COLUMNS));
         c.pack_parts = parts(n, PACK_COLUMNS);
         c.panels =

@@ -266,3 +266,31 @@ def test_bad_groups_are_named():
         nf.grouped_linear(x, w, np.array([0, 3, 6.0]))
     with pytest.raises(ValueError, match=r"weight must have shape \(E, N, 4\) as x has 4 features, got \(2, 4, 5\)"):
         nf.grouped_linear(x, w.swapaxes(1, 2), np.array([0, 3, 6]))
+
+
+def test_sizes_beyond_counting_are_refused_before_anything_is_read():
+    def zeros(*shape):      # without memory: strides of 0
+        return np.broadcast_to(np.float32(0), shape)
+
+    def columns(rows, count):       # read as it is, not copied
+        return np.broadcast_to(np.zeros((rows, 1), np.float32), (rows, count))
+
+    huge = 1 << 34
+    for rows in (1, 5, 300):
+        with pytest.raises(ValueError, match=rf"linear: a product may have at most 2\^33 .* {rows}, 3 and {huge};"):
+            nf.linear(columns(rows, huge), columns(3, huge))
+    for accumulate in (False, True):
+        with pytest.raises(ValueError, match=r"product: a product may have at most 2\^33 rows, columns and terms"):
+            _core.product(zeros(huge, 1), zeros(1, 3), None, accumulate)
+        with pytest.raises(ValueError, match=r"product: a product may have at most 2\^33 rows, columns and terms"):
+            _core.product(columns(5, huge), columns(3, huge).T, None, accumulate)
+        with pytest.raises(ValueError, match="too big"):
+            _core.product(zeros(1 << 32, 1), zeros(1, 1 << 32), None, accumulate)
+    with pytest.raises(ValueError, match="too big"):
+        nf.linear(zeros(1 << 32, 1), zeros(1 << 32, 1))
+    with pytest.raises(MemoryError):
+        nf.linear(zeros(1 << 30, 1), zeros(1 << 30, 1))
+    with pytest.raises(ValueError, match=r"grouped_linear: a product may have at most 2\^33"):
+        nf.grouped_linear(zeros(huge, 1), np.zeros((1, 3, 1), np.float32), np.array([0, huge]))
+    with pytest.raises(ValueError, match=r"grouped_outer: a product may have at most 2\^33"):
+        _core.grouped_outer(zeros(huge, 1), zeros(huge, 1), np.array([0, huge]))
