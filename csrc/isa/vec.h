@@ -34,6 +34,8 @@
 
 #define NF_INLINE static inline __attribute__((always_inline))
 #define NF_UNROLL _Pragma("GCC unroll 16")
+/* What was loaded before is not remembered behind it. */
+#define NF_MEMORY __asm__ volatile("" : : : "memory")
 
 /* Unaligned, and free to alias. */
 typedef float vf32 __attribute__((vector_size(NF_BYTES), aligned(4), may_alias));

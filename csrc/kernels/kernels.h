@@ -240,9 +240,10 @@ typedef struct {
     ptrdiff_t (*forward_queries)(const nf_attention *p);
     nf_attention_size *forward_scratch;
     nf_attention_task *forward;
-    /* the same for sequences of at most decode_most queries: a task is one KV head. Where
-       sequences are packed, the tasks of each pass leave out what is the other's. */
+    /* the same for sequences of at most decode_most queries: a task is one KV head, or
+       some. Where sequences are packed, the tasks of each pass leave out what is the other's. */
     ptrdiff_t (*decode_most)(const nf_attention *p);
+    ptrdiff_t (*decode_tasks)(const nf_attention *p);
     nf_attention_size *decode_scratch;
     nf_attention_task *decode;
     /* three passes over one workspace. Tasks of the second, a block of keys of a KV head,

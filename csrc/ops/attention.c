@@ -94,7 +94,7 @@ nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *sh
     nf_status status = lay_out(kernels, &p, queries, &blocks);
     const ptrdiff_t most = kernels->decode_most(&p);
     if (status == NF_OK && most > 0 && (p.q_starts || p.queries <= most)) {
-        status = run(kernels->decode, &p, p.batch * p.kv_heads, cycles(&p),
+        status = run(kernels->decode, &p, kernels->decode_tasks(&p), cycles(&p),
                      kernels->decode_scratch(&p));
     }
     if (status == NF_OK && p.queries > most) {

@@ -25,7 +25,7 @@ def heads(x):
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("q_lengths, k_lengths", [([5, 0, 100, 1, 30], [5, 3, 130, 200, 0]), ([60], [97]),
-                                                  ([3, 4], [7, 300]), ([0, 50], [4, 50])])
+                                                  ([3, 4], [7, 300]), ([0, 50], [4, 50]), ([0, 3], [200, 50])])
 def test_each_sequence_has_the_bits_of_a_call_of_its_own(q_lengths, k_lengths, features):
     cu_q, cu_k = starts(q_lengths), starts(k_lengths)
     q, k, v = tokens(cu_q[-1], 4, 16), tokens(cu_k[-1], 2, 16), tokens(cu_k[-1], 2, 24, seed=1)
