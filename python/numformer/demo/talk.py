@@ -6,8 +6,6 @@ from numformer.demo.data import Corpus
 from numformer.demo.examples import FUNCTIONS
 from numformer.demo.scorer import score
 from numformer.demo.shrink import decode_speed, measure, size_of
-from numformer.nn.attention import split_heads
-from numformer.nn.layers import project
 
 __all__ = ["MODELS", "attention_maps", "say", "work"]
 
@@ -55,15 +53,8 @@ def attention_maps(model, tokens):
     """Where each head looks: a list over layers of (heads, S, S), for `tokens` of length S."""
     model = model.as_arrays()
     x, rotary = model.enter(np.asarray(tokens)[None])
-    causal = np.tri(len(tokens), dtype=bool)
     maps = []
     for layer, block in enumerate(model.blocks):
-        a = block.attention
-        q, k, _ = split_heads(project(block.norm_1(x), a.qkv, a.qkv_bias), a.n_head, a.n_kv_head)
-        if rotary is not None:
-            q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
-        k = np.repeat(k, a.n_head // a.n_kv_head, axis=1)
-        scores = q[0] @ k[0].swapaxes(1, 2) / np.sqrt(a.head_dim)
-        maps.append(nf.softmax(np.where(causal, scores, -np.inf).astype(np.float32)))
+        maps.append(block.attention.maps(block.norm_1(x), rotary)[0])
         x = block(x, rotary, None, layer)
     return maps

@@ -182,7 +182,7 @@ class GPT(Module, Pretrained):
             else:
                 x = block(x, rotary, cache, layer)
         if cache is not None:
-            cache.length += x.shape[1]
+            cache.advance(x.shape[1])
         return self.norm(x)
 
     def enter(self, tokens, cache=None):

@@ -1,15 +1,16 @@
-"""Multi-head attention with grouped queries, rotary positions and a key-value cache."""
+"""Multi-head attention with grouped queries, rotary positions or ALiBi, a window, and a key-value cache."""
 import numpy as np
 
 import numformer as nf
 from numformer._core import pooled
 from numformer.nn import init
 from numformer.nn.layers import project
+from numformer.nn.maps import attention_maps
 from numformer.nn.module import Module
 from numformer.ops.attention import packed_attention
 from numformer.tensor import apply
 
-__all__ = ["KVCache", "MultiHeadAttention", "rotary_tables", "split_heads"]
+__all__ = ["MultiHeadAttention", "rotary_tables", "split_heads"]
 
 
 def rotary_tables(length, head_dim, *, theta=10000.0, dtype=np.float32):
@@ -44,32 +45,6 @@ def split_heads(qkv, n_head, n_kv_head):
     return apply(split_heads_forward, split_heads_backward, qkv, n_head=n_head, n_kv_head=n_kv_head)
 
 
-class KVCache:
-    """Keys and values of the positions so far, for every layer: two arrays (B, its n_kv_head, capacity, D).
-
-    ``length`` counts the positions that every layer holds; whoever runs the layers adds to it after the last one.
-    """
-
-    def __init__(self, attentions, batch, capacity, dtype=np.float32):
-        shapes = [(batch, a.n_kv_head, capacity, a.head_dim) for a in attentions]
-        self.keys = [np.empty(shape, dtype) for shape in shapes]
-        self.values = [np.empty(shape, dtype) for shape in shapes]
-        self.length = 0
-
-    def extend(self, layer, key, value):
-        """Put new keys and values behind those of `layer`; return all of them (views)."""
-        keys, values, old = self.keys[layer], self.values[layer], self.length
-        new = old + key.shape[2]
-        keys[:, :, old:new] = key
-        values[:, :, old:new] = value
-        return keys[:, :, :new], values[:, :, :new]
-
-    def select(self, rows):
-        """Keep only these rows of the batch."""
-        self.keys = [x[rows] for x in self.keys]
-        self.values = [x[rows] for x in self.values]
-
-
 class MultiHeadAttention(Module):
     """Causal (or full) self-attention: one product for query, key and value, one back.
 
@@ -84,6 +59,11 @@ class MultiHeadAttention(Module):
     bias : bool
     dropout : float
         Of the attention weights, in training mode.
+    window_size : (left, right)
+        As of :func:`numformer.scaled_dot_product_attention`: how many keys back, and ahead, a query sees; -1 is no
+        bound.
+    alibi : bool
+        Lower scores by distance, with :func:`numformer.alibi_slopes` (Press et al. 2022), instead of rotary positions.
     rng : numpy.random.Generator
 
     Attributes
@@ -94,8 +74,8 @@ class MultiHeadAttention(Module):
 
     head_gate = None
 
-    def __init__(self, n_embd, n_head, n_kv_head=None, *, head_dim=None, causal=True, bias=False, dropout=0.0, rng,
-                 dtype=np.float32):
+    def __init__(self, n_embd, n_head, n_kv_head=None, *, head_dim=None, causal=True, bias=False, dropout=0.0,
+                 window_size=(-1, -1), alibi=False, rng, dtype=np.float32):
         n_kv_head = n_kv_head or n_head
         if head_dim is None and n_embd % n_head:
             raise ValueError(f"MultiHeadAttention: n_embd must be a multiple of n_head, got {n_embd} and {n_head}")
@@ -103,7 +83,12 @@ class MultiHeadAttention(Module):
             raise ValueError("MultiHeadAttention: n_head must be a multiple of n_kv_head, "
                              f"got {n_head} and {n_kv_head}")
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim or n_embd // n_head
-        self.causal = causal
+        left, right = window_size
+        if left < -1 or right < -1 or (causal and right > 0):
+            raise ValueError("MultiHeadAttention: window_size must be (left, right), each -1 or more, and nothing "
+                             f"ahead where causal, got {window_size} and causal={causal}")
+        self.causal, self.window_size = causal, (left, right)
+        self.slopes = nf.alibi_slopes(n_head).astype(dtype) if alibi else None
         self.dropout, self.rng = dropout, rng
         rows = (n_head + 2 * n_kv_head) * self.head_dim
         # query, key and value are matrices of their own: each has its own fan-out
@@ -121,29 +106,65 @@ class MultiHeadAttention(Module):
         Parameters
         ----------
         rotary : (cos, sin), optional
-            Each (S, head_dim / 2), of the positions of `x`.
-        cache : KVCache, optional
-            What came before `x`; gets the keys and values of `x` as those of `layer`.
+            Each (S, head_dim / 2), of the positions of `x`; with a cache also (B, 1, S, head_dim / 2).
+        cache : KVCache, RollingKVCache or PagedKVCache, optional
+            What came before `x`; gets the keys and values of `x` as those of `layer`. The result has the bits that
+            `x` has in a call with all that came before; ``cache.advance(S)`` ends the step.
+
+        Raises
+        ------
+        ValueError
+            If there are both ALiBi and `rotary`; if there is a cache and not causality; or no room in it.
         """
         return project(self.heads(x, rotary, cache, layer), self.out, self.out_bias, residual=residual)
 
     def heads(self, x, rotary=None, cache=None, layer=0):
         """What the heads say, side by side (B, S, n_head * head_dim), before `out` mixes them; times ``head_gate``."""
+        if rotary is not None and self.slopes is not None:
+            raise ValueError("MultiHeadAttention: positions come by alibi or by rotary, and here are both: leave "
+                             "rotary out, or make the layer with alibi=False")
+        if cache is not None and not self.causal:
+            raise ValueError("MultiHeadAttention: without causality a later key changes what an earlier query says, so "
+                             "there is no cache for it: make the layer with causal=True")
         qkv = project(x, self.qkv, self.qkv_bias)
         dropout = self.training and self.dropout > 0
+        rules = {"is_causal": self.causal, "window_size": self.window_size, "alibi_slopes": self.slopes}
         if cache is None and not dropout:
-            y = packed_attention(qkv, self.n_head, self.n_kv_head, is_causal=self.causal, rotary=rotary)
+            y = packed_attention(qkv, self.n_head, self.n_kv_head, rotary=rotary, **rules)
         else:
-            q, k, v = split_heads(qkv, self.n_head, self.n_kv_head)
-            if rotary is not None:
-                q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
-            if cache is not None:
-                k, v = cache.extend(layer, k, v)
-            drop = {"dropout_p": self.dropout, "rng": self.rng} if dropout else {}
-            y = nf.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.n_kv_head < self.n_head,
-                                                **drop)
+            q, k, v = self._turned(qkv, rotary)
+            if dropout:
+                rules |= {"dropout_p": self.dropout, "rng": self.rng}
+            y = nf.scaled_dot_product_attention(q, k, v, **rules) if cache is None else cache.attend(layer, q, k, v,
+                                                                                                     **rules)
             y = y.swapaxes(1, 2)
         batch, length = x.shape[:2]
         if self.head_gate is not None:
             y = y.reshape(batch, length, self.n_head, self.head_dim) * self.head_gate.reshape(-1, 1, self.n_head, 1)
         return y.reshape(batch, length, self.n_head * self.head_dim)
+
+    def _turned(self, qkv, rotary):
+        """Query, key and value of each head, at their positions."""
+        q, k, v = split_heads(qkv, self.n_head, self.n_kv_head)
+        if rotary is not None:
+            q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
+        return q, k, v
+
+    def maps(self, x, rotary=None, *, heads=None, rows=None):
+        """The weights of chosen heads and rows (:func:`numformer.nn.attention_maps`) for `x` (B, S, n_embd).
+
+        Parameters
+        ----------
+        rotary : (cos, sin), optional
+            As of a call.
+        heads, rows : int or sequence of int, optional
+            Which heads and which positions to look at; all by default.
+
+        Returns
+        -------
+        ndarray, (B, heads, rows, S)
+            Without dropout, of which there is none to look at, and without `head_gate`.
+        """
+        q, k, _ = self._turned(project(x, self.qkv, self.qkv_bias), rotary)
+        return attention_maps(q, k, is_causal=self.causal, window_size=self.window_size, alibi_slopes=self.slopes,
+                              heads=heads, rows=rows)

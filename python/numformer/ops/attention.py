@@ -293,30 +293,33 @@ def _turn(heads, rotary, inverse):
     _core.rotary(heads, cos[:, None], sin[:, None], 2 * cos.shape[-1], False, inverse, heads)
 
 
-def packed_attention_forward(qkv, num_heads, num_kv_heads, is_causal=False, scale=None, rotary=None):
+def packed_attention_forward(qkv, num_heads, num_kv_heads, is_causal=False, scale=None, rotary=None,
+                             window_size=(-1, -1), alibi_slopes=None):
     """Return ``(out, saved)``; `saved` is what :func:`packed_attention_backward` needs."""
     if rotary is not None:
         qkv = _core.pooled(np.array, qkv, order="C")
         heads = qkv.reshape(*qkv.shape[:2], num_heads + 2 * num_kv_heads, -1)
         _turn(heads[:, :, :num_heads + num_kv_heads], rotary, False)
     query, key, value = _split(qkv, num_heads, num_kv_heads)
-    out, _, stats = _core.attention_forward(query, key, value, None, scale, int(is_causal), None, None, 2)
+    features = _features(window_size, alibi_slopes=alibi_slopes)
+    out, _, stats = _core.attention_forward(query, key, value, None, scale, int(is_causal), features, None, 2)
     joined = out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], -1)
-    return joined, (query, key, value, int(is_causal), scale, out, stats, rotary)
+    return joined, (query, key, value, int(is_causal), scale, features, out, stats, rotary)
 
 
 def packed_attention_backward(dy, saved):
     """Return the gradient with respect to `qkv`, in a tuple."""
-    query, key, value, causal, scale, out, stats, rotary = saved
+    query, key, value, causal, scale, features, out, stats, rotary = saved
     batch, heads, length, dim = out.shape
     dout = dy.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
-    dqkv = _core.attention_backward(query, key, value, None, scale, causal, None, out, stats, dout, None, _PACKED)
+    dqkv = _core.attention_backward(query, key, value, None, scale, causal, features, out, stats, dout, None, _PACKED)
     if rotary is not None:
         _turn(dqkv.reshape(batch, length, -1, dim)[:, :, :heads + key.shape[1]], rotary, True)
     return (dqkv,)
 
 
-def packed_attention(qkv, num_heads, num_kv_heads=None, *, is_causal=False, scale=None, rotary=None):
+def packed_attention(qkv, num_heads, num_kv_heads=None, *, is_causal=False, scale=None, rotary=None,
+                     window_size=(-1, -1), alibi_slopes=None):
     """Self-attention straight from a joined projection to joined heads, without a copy in either direction.
 
     With `rotary` there is one copy, of `qkv` with its queries and keys turned.
@@ -334,6 +337,9 @@ def packed_attention(qkv, num_heads, num_kv_heads=None, *, is_causal=False, scal
         ``1/sqrt(D)`` by default.
     rotary : (cos, sin), optional
         Each (S, D / 2), as for :func:`numformer.rotary_embedding`: queries and keys are turned by it first.
+    window_size : (left, right)
+    alibi_slopes : ndarray, (H,), optional
+        Constants here, without a gradient.
 
     Returns
     -------
@@ -350,4 +356,5 @@ def packed_attention(qkv, num_heads, num_kv_heads=None, *, is_causal=False, scal
         raise ValueError(f"packed_attention: qkv must have shape (B, S, (H + 2 Hkv) D) with H = {num_heads} and "
                          f"Hkv = {num_kv_heads}, got {shape}")
     return apply(packed_attention_forward, packed_attention_backward, qkv, num_heads=num_heads,
-                 num_kv_heads=num_kv_heads, is_causal=is_causal, scale=scale, rotary=rotary)
+                 num_kv_heads=num_kv_heads, is_causal=is_causal, scale=scale, rotary=rotary, window_size=window_size,
+                 alibi_slopes=alibi_slopes)

@@ -1,0 +1,98 @@
+"""Attention weights to look at: of chosen heads and rows, since nothing else ever holds one.
+
+    w[b, h, i, j] = exp(s[i, j] - log sum_j exp s[i, j]),   s as scaled_dot_product_attention has it
+
+Memory O(B heads rows S).
+"""
+import numpy as np
+
+from numformer.tensor import Tensor
+
+__all__ = ["attention_maps"]
+
+
+def _chosen(index, length, name):
+    """An index array of what is to be looked at."""
+    if index is None:
+        return np.arange(length)
+    chosen = np.atleast_1d(np.asarray(index))
+    if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or (chosen >= length).any() or (chosen < -length).any():
+        raise ValueError(f"attention_maps: {name} must be integers below {length}, got {index!r}")
+    return chosen % length
+
+
+def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, heads=None, rows=None,
+                   causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None,
+                   kv_lengths=None):
+    """Return the weights that :func:`numformer.scaled_dot_product_attention` gives to the values, without dropout.
+
+    Parameters
+    ----------
+    query : ndarray or Tensor, (B, H, Sq, D), float32 or float64
+    key : (B, Hkv, Sk, D)
+    heads : int or sequence of int, optional
+        Query heads to look at; all by default.
+    rows : int or sequence of int, optional
+        Queries to look at; negative ones count from the end; all by default.
+    attn_mask, is_causal, scale, causal_align, window_size, softcap, alibi_slopes, sinks, kv_lengths
+        As there.
+
+    Returns
+    -------
+    ndarray, (B, heads, rows, Sk)
+        Each row sums to 1, less the share of a sink; where a query sees no key it is 0. No gradient.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit together, or there is no such head or row.
+    """
+    query, key, attn_mask, alibi_slopes, sinks = (
+        x.data if type(x) is Tensor else None if x is None else np.asarray(x)
+        for x in (query, key, attn_mask, alibi_slopes, sinks))
+    if query.ndim != 4 or key.ndim != 4 or query.shape[::3] != key.shape[::3] or query.shape[1] % key.shape[1]:
+        raise ValueError("attention_maps: query must have shape (B, H, Sq, D) and key (B, Hkv, Sk, D), H a multiple of "
+                         f"Hkv, got {query.shape} and {key.shape}")
+    if causal_align not in ("bottom_right", "top_left"):
+        raise ValueError(f'attention_maps: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
+    batch, all_heads, queries, dim = query.shape
+    keys = key.shape[2]
+    heads, rows = _chosen(heads, all_heads, "heads"), _chosen(rows, queries, "rows")
+    groups = all_heads // key.shape[1]
+    dtype = query.dtype.type
+    # what is masked may hold anything, and the product says nothing of it
+    with np.errstate(invalid="ignore", over="ignore"):
+        score = np.stack([query[:, h, rows] @ key[:, h // groups].swapaxes(1, 2) for h in heads], axis=1)
+        score *= dtype(dim ** -0.5 if scale is None else scale)
+        if softcap:
+            score = dtype(softcap) * np.tanh(score / dtype(softcap))
+    ends = np.full(batch, keys) if kv_lengths is None else np.asarray(kv_lengths)
+    shift = ends - queries if causal_align == "bottom_right" else np.zeros(batch, int)
+    position = (rows + shift[:, None])[:, None, :, None]            # (B, 1, rows, 1)
+    j = np.arange(keys)
+    seen = j < ends[:, None, None, None]
+    left, right = window_size
+    if left >= 0:
+        seen = seen & (j >= position - left)
+    if right >= 0 or is_causal:
+        seen = seen & (j <= position + (0 if is_causal else right))
+    if alibi_slopes is not None:
+        slope = np.broadcast_to(alibi_slopes, (batch, all_heads))[:, heads, None, None].astype(dtype)
+        score -= slope * (position - j).astype(dtype)
+    if attn_mask is not None:
+        mask = np.broadcast_to(attn_mask, (batch, all_heads, queries, keys))[:, heads][:, :, rows]
+        if mask.dtype == bool:
+            seen = seen & mask
+        else:
+            score = score + mask
+    score = np.where(seen, score, dtype(-np.inf))
+    top = score.max(axis=3, keepdims=True, initial=-np.inf)
+    sink = None if sinks is None else sinks[heads][:, None, None].astype(dtype)
+    if sink is not None:
+        top = np.maximum(top, sink)
+    top = np.where(top == -np.inf, dtype(0), top)
+    weight = np.exp(score - top)
+    total = weight.sum(axis=3, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - top)
+    return np.divide(weight, total, out=np.zeros_like(weight), where=total > 0)

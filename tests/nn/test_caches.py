@@ -1,0 +1,202 @@
+"""MultiHeadAttention with windows, ALiBi or rotary positions, its caches, and maps of its weights."""
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import numformer as nf
+from numformer.nn import KVCache, MultiHeadAttention, PagedKVCache, RollingKVCache, attention_maps, rotary_tables
+
+S = 150
+FORMS = {"plain": {}, "rotary": {}, "alibi": {"alibi": True}, "window": {"window_size": (20, 0)},
+         "window, rotary": {"window_size": (20, 0)}, "window, alibi": {"alibi": True, "window_size": (33, -1)}}
+WINDOWS = [name for name in FORMS if "window" in name]
+
+
+def layers(form, n=1, **more):
+    rng = np.random.default_rng(0)
+    return [MultiHeadAttention(32, 4, 2, rng=rng, **FORMS[form], **more) for _ in range(n)]
+
+
+def positions(form, start, end):
+    if "rotary" not in form:
+        return None
+    return tuple(table[start:end] for table in rotary_tables(5000, 8))
+
+
+def stream(batch=2, length=S):
+    return np.random.default_rng(1).standard_normal((batch, length, 32), np.float32)
+
+
+def caches(attentions, batch=2):
+    made = [KVCache(attentions, batch, S), PagedKVCache(attentions, batch, 40, block_size=8)]
+    if all(a.window_size[0] >= 0 for a in attentions):
+        made += [RollingKVCache(attentions, batch), RollingKVCache(attentions, batch, piece=16)]
+    return made
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_from_any_cache_has_the_bits_of_the_full_forward(form):
+    attentions, x = layers(form, 2), stream()
+    with nf.no_grad():
+        whole = x
+        for a in attentions:
+            whole = a(whole, positions(form, 0, S)).data
+        for cache in caches(attentions):
+            done = 0
+            for count in (37, 1, 1, 64, 40, 1, 1, 5):
+                y = x[:, done:done + count]
+                for layer, a in enumerate(attentions):
+                    y = a(y, positions(form, done, done + count), cache, layer).data
+                cache.advance(count)
+                assert (y == whole[:, done:done + count]).all(), (type(cache).__name__, done)
+                done += count
+            assert done == S == cache.length
+
+
+@pytest.mark.parametrize("form", WINDOWS)
+def test_a_rolling_cache_keeps_the_window_alone_and_the_bits_of_a_long_text(form):
+    length = 4500
+    (a,), x = layers(form), stream(1, length)
+    cache = RollingKVCache([a], 1, piece=32)
+    held = cache.keys[0].size
+    assert held <= (a.window_size[0] + 32 + 2 * 16) * 2 * 8
+    with nf.no_grad():
+        whole = a(x, positions(form, 0, length)).data
+        for start in range(0, length, 100):
+            y = a(x[:, start:start + 100], positions(form, start, start + 100), cache).data
+            cache.advance(y.shape[1])
+            assert (y == whole[:, start:start + 100]).all()
+    assert cache.keys[0].size == held and cache.length == length
+
+
+def test_sequences_of_different_lengths_share_a_pool_and_give_their_blocks_back():
+    (a,), x = layers("alibi"), stream(3)
+    cache = PagedKVCache([a], 3, 12, block_size=8)
+    lengths = [30, 3, 17]
+    with nf.no_grad():
+        for row, n in enumerate(lengths):
+            one = cache.of([row])
+            one_row = a(x[row:row + 1, :n], cache=one).data
+            one.advance(n)
+            assert (one_row == a(x[row:row + 1, :n]).data).all()
+        assert cache.lengths.tolist() == lengths
+        with pytest.raises(ValueError, match="different lengths"):
+            _ = cache.length
+        step = a(np.stack([x[row, n] for row, n in enumerate(lengths)])[:, None], cache=cache).data
+        cache.advance(1)
+        for row, n in enumerate(lengths):
+            assert (step[row, 0] == a(x[row:row + 1, :n + 1]).data[0, n]).all()
+        with pytest.raises(ValueError, match=r"7 more blocks .* 4 are free; release"):
+            a(x[:1, :60], cache=cache.of([1]))
+        assert cache.lengths.tolist() == [31, 4, 18]        # and nothing was taken
+        cache.release(0)
+        cache.release(1)
+        assert (a(x[:1, :60], cache=cache.of([1])).data == a(x[:1, :60]).data).all()
+
+
+def test_a_cache_of_float16_is_close():
+    (a,), x = layers("window"), stream()
+    with nf.no_grad():
+        whole = a(x).data
+        for cache in (PagedKVCache([a], 2, 40, dtype=np.float16), RollingKVCache([a], 2, np.float16)):
+            y = a(x, cache=cache).data
+            assert cache.keys[0].dtype == np.float16 and 0 < np.abs(y - whole).max() < 3e-3
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_every_form_are_those_of_its_parts(form):
+    """The packed path against query, key and value apart."""
+    (a,), x = layers(form, bias=True), stream(2, 60)
+    weight = np.random.default_rng(2).standard_normal((2, 60, 32), np.float32)
+    gradients = []
+    for packed in (True, False):
+        leaf = nf.Tensor(x, requires_grad=True)
+        for p in a.parameters():
+            p.grad = None
+        if packed:
+            y = a(leaf, positions(form, 0, 60))
+        else:
+            q, k, v = a._turned(nf.linear(leaf, a.qkv, a.qkv_bias), positions(form, 0, 60))
+            y = nf.scaled_dot_product_attention(q, k, v, is_causal=True, window_size=a.window_size,
+                                                alibi_slopes=a.slopes)
+            y = nf.linear(y.swapaxes(1, 2).reshape(2, 60, 32), a.out, a.out_bias)
+        (y * weight).sum().backward()
+        gradients.append([y.data, leaf.grad, *(p.grad for p in a.parameters())])
+    for ours, parts in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, parts, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_maps_are_the_weights_that_make_the_result(form):
+    (a,), x = layers(form), stream()
+    rotary = positions(form, 0, S)
+    whole = a.maps(x, rotary)
+    assert whole.shape == (2, 4, S, S)
+    np.testing.assert_allclose(whole.sum(-1), 1, rtol=1e-5)
+    v = a._turned(nf.linear(x, a.qkv.data), None)[2]
+    made = (whole @ np.repeat(v, 2, axis=1)).swapaxes(1, 2).reshape(2, S, 32)
+    np.testing.assert_allclose(made, a.heads(x, rotary).data, rtol=1e-4, atol=1e-5)
+    chosen = a.maps(x, rotary, heads=[3, 0], rows=[-1, 5])
+    np.testing.assert_allclose(chosen, whole[:, [3, 0]][:, :, [-1, 5]], rtol=1e-5, atol=1e-7)
+
+
+def test_maps_know_every_keyword():
+    rng = np.random.default_rng(3)
+    q, k, v = (rng.standard_normal(shape) for shape in ((2, 4, 7, 5), (2, 2, 9, 5), (2, 2, 9, 3)))
+    k[1, :, 6:] = np.nan
+    v[1, :, 6:] = np.nan
+    boolean = rng.random((2, 4, 7, 9)) > 0.3
+    for mask in (None, boolean, rng.standard_normal((4, 1, 9))):
+        for align in ("bottom_right", "top_left"):
+            keywords = {"causal_align": align, "window_size": (4, 2), "softcap": 3.0, "scale": 0.7,
+                        "alibi_slopes": nf.alibi_slopes(4).astype(float), "sinks": rng.standard_normal(4),
+                        "kv_lengths": [9, 6]}
+            for causal in (False, True):
+                w = attention_maps(q, k, mask, causal, **keywords)
+                expected = nf.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, **keywords)
+                np.testing.assert_allclose(w @ np.repeat(np.nan_to_num(v), 2, axis=1), expected, atol=1e-12)
+                one = attention_maps(q, k, mask, causal, heads=2, rows=-1, **keywords)
+                np.testing.assert_allclose(one[:, 0, 0], w[:, 2, -1], atol=1e-15)
+
+
+def test_a_map_of_one_row_holds_no_square():
+    q, k = np.random.default_rng(0).standard_normal((2, 1, 2, 20000, 8), np.float32)
+    tracemalloc.start()
+    w = attention_maps(q, k, is_causal=True, heads=1, rows=[10000, 19999])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert w.shape == (1, 1, 2, 20000) and peak < 30 * w.nbytes
+
+
+@pytest.mark.parametrize(("keywords", "match"), [
+    ({"window_size": (-2, 0)}, "each -1 or more"), ({"window_size": (3, 2)}, "nothing ahead where causal")])
+def test_windows_that_mean_nothing_are_refused(keywords, match):
+    with pytest.raises(ValueError, match=match):
+        MultiHeadAttention(32, 4, rng=np.random.default_rng(0), **keywords)
+
+
+def test_combinations_that_mean_nothing_are_refused():
+    x = stream()
+    (a,), (plain,) = layers("alibi"), layers("plain")
+    with pytest.raises(ValueError, match="alibi or by rotary, and here are both"):
+        a(x, positions("rotary", 0, S))
+    with pytest.raises(ValueError, match="there is no cache for it"):
+        layers("plain", causal=False)[0](x, cache=KVCache([plain], 2, S))
+    with pytest.raises(ValueError, match="causal"):
+        PagedKVCache(layers("plain", causal=False), 2, 8)
+    with pytest.raises(ValueError, match="window bounded on the left"):
+        RollingKVCache([plain], 2)
+    with pytest.raises(ValueError, match="151 positions, and the capacity is 150"):
+        plain(stream(2, 151), cache=KVCache([plain], 2, S))
+    with pytest.raises(ValueError, match="a batch of 1 for 2 sequences"):
+        plain(x[:1], cache=PagedKVCache([plain], 2, 8))
+    (dropping,) = layers("window", dropout=0.5)
+    with pytest.raises(ValueError, match="call eval"):
+        dropping(x, cache=RollingKVCache([dropping], 2))
+    with pytest.raises(ValueError, match="heads must be integers below 4"):
+        plain.maps(x, heads=4)
+    with pytest.raises(ValueError, match="rows must be integers below 150"):
+        plain.maps(x, rows=[0.5])
+    with pytest.raises(ValueError, match="H a multiple of Hkv"):
+        attention_maps(np.zeros((1, 3, 2, 4)), np.zeros((1, 2, 2, 4)))
