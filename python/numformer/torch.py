@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 import numformer as nf
-from numformer.ops.attention import attention_backward, attention_forward
+from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
+from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 
 __all__ = ["attention_of_transformers", "scaled_dot_product_attention"]
 
@@ -65,7 +66,7 @@ def _check(x, name, dtypes):
 
 
 class _Attention(torch.autograd.Function):
-    """attention_forward and attention_backward; whatever is kept between them, torch keeps, watches and frees."""
+    """The pure pair of the op; whatever is kept between them, torch keeps, watches and frees."""
 
     @staticmethod
     def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, keywords):
