@@ -47,15 +47,15 @@ asan: $(VENV)/installed-dev
 	NUMFORMER_SANITIZE=1 $(BIN)/python setup.py -q build_py --build-lib build/asan build_ext --build-temp build/asan \
 	    --build-lib build/asan
 	PYTHONPATH=build/asan:. LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
-	    ASAN_OPTIONS=detect_leaks=0 NUMFORMER_EXAMPLES=5 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/test_properties.py
+	    ASAN_OPTIONS=detect_leaks=0 NUMFORMER_EXAMPLES=5 NUMFORMER_ATTENTION=100 $(BIN)/python -m pytest -p no:cacheprovider tests/kernels tests/test_properties.py
 
 old: $(VENV)/installed-dev
-	qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(or $(OLD_TESTS),tests/kernels)
+	NUMFORMER_ATTENTION=50 qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest -p no:cacheprovider $(or $(OLD_TESTS),tests/kernels)
 
 avx512: $(VENV)/installed-dev
 	NUMFORMER_EMULATE=1 $(BIN)/python setup.py -q build_py --build-lib build/avx512 build_ext --build-temp build/avx512 \
 	    --build-lib build/avx512
-	PYTHONPATH=build/avx512:. $(BIN)/python -m pytest -p no:cacheprovider -k avx512 $(or $(AVX512_TESTS),tests/kernels)
+	PYTHONPATH=build/avx512:. NUMFORMER_ATTENTION=100 $(BIN)/python -m pytest -p no:cacheprovider -k avx512 $(or $(AVX512_TESTS),tests/kernels)
 
 arm: $(VENV)/installed-dev
 	.ci/aarch64

@@ -133,7 +133,7 @@ def test_masked_slots_may_hold_anything(value):
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout", "dlse", "mask", "slopes", "sinks"])
 def test_nan_shows_in_all_that_depends_on_it_and_in_nothing_else(name):
-    for seed in range(60):
+    for seed in range(20):
         (q, k, v, dout, dlse), ours, theirs = random_case(seed, np.float32 if seed % 2 else np.float64)
         rng = np.random.default_rng(seed)
         x = {"q": q, "k": k, "v": v, "dout": dout, "dlse": dlse, **theirs}.get(name)
