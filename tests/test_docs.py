@@ -1,4 +1,5 @@
 """Every Python block of the README and of docs/ runs as it stands, the blocks of a page one after the other."""
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,34 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {"__name__": "page"}
     for line, code in blocks(page):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
+
+
+NOTEBOOKS = sorted((ROOT / "docs").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_a_notebook_was_run_and_its_code_runs(notebook, monkeypatch):
+    """All but the cells that measure, from the one that starts processes on."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.chdir(notebook.parent)
+    monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    names = {"__name__": "notebook"}
+    with pyplot.rc_context({"backend": "agg"}):
+        for number, cell in enumerate(cells):
+            code = "".join(cell["source"])
+            if "PROGRAM =" in code:
+                break
+            exec(compile(code, f"{notebook.name}, cell {number + 1}", "exec"), names)
+    assert number > 3
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_a_notebook_is_small_and_names_no_place_on_a_machine(notebook):
+    text = notebook.read_text()
+    assert len(text) < 300_000 and not re.search(r"/(home|tmp|root|Users|work)/", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
