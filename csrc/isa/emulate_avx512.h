@@ -17,11 +17,15 @@
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi8_epi32
+#undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi8
 #define _mm512_cvtepi32_epi8(v)           nf_emulate_low_bytes((vi32)(v))
 #define _mm512_cvtph_ps(a)                nf_emulate_half(a)
 #define _mm512_cvtps_ph(a, rounding)      nf_emulate_to_half(a)
 #define _mm512_cvtepu16_epi32(a)          nf_emulate_u16(a)
+#define _mm512_cvtepi8_epi32(a)           nf_emulate_s8(a)
+#define _mm512_cvtepi32_ps(a)             nf_emulate_to_float(a)
 #define _mm512_madd_epi16(a, b)           simde_mm512_madd_epi16(a, b) /* misspelt there */
 #define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
 #define _mm512_fmadd_pd(a, b, c)          nf_emulate_fma_f64(a, b, c)
@@ -53,6 +57,22 @@ nf_emulate_u16(__m256i a)
     } v = {{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
             _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
     return v.whole;
+}
+
+NF_INLINE __m512i
+nf_emulate_s8(__m128i a)
+{
+    union {
+        __m256i half[2];
+        __m512i whole;
+    } v = {{_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}};
+    return v.whole;
+}
+
+NF_INLINE __m512
+nf_emulate_to_float(__m512i a)
+{
+    return (__m512) __builtin_convertvector((vi32)a, vf32);
 }
 
 NF_INLINE __m512
