@@ -86,6 +86,16 @@ nf_array(PyObject *object, int type, int ndim, const char *op, const char *name)
 }
 
 PyArrayObject *
+nf_needed(PyObject *object, int type, int ndim, const char *op, const char *name)
+{
+    PyArrayObject *array = nf_array(object, type, ndim, op, name);
+    if (array == NULL && !PyErr_Occurred()) {
+        PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", op, name);
+    }
+    return array;
+}
+
+PyArrayObject *
 nf_contiguous(PyArrayObject *array)
 {
     if (PyArray_IS_C_CONTIGUOUS(array)) {

@@ -9,6 +9,9 @@
 
 #include "core/status.h"
 
+/* A line of a method table: the function and its name are one. */
+#define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
+
 /* -1 with TypeError where `got` arguments came and not `want`. */
 int nf_check_count(const char *op, Py_ssize_t got, Py_ssize_t want);
 
@@ -18,6 +21,10 @@ int nf_check_count(const char *op, Py_ssize_t got, Py_ssize_t want);
    nf_given() for an argument that may be left out. */
 PyArrayObject *nf_array(PyObject *object, int type, int ndim, const char *op,
                         const char *name);
+
+/* The same, but None is an error. */
+PyArrayObject *nf_needed(PyObject *object, int type, int ndim, const char *op,
+                         const char *name);
 
 static inline int
 nf_given(PyObject *object)

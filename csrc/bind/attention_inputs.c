@@ -34,11 +34,8 @@ nf_attention_release(nf_attention_call *c)
 PyArrayObject *
 nf_attention_take(PyObject *object, int type, const char *name)
 {
-    PyArrayObject *array = nf_array(object, type, 4, OP, name);
+    PyArrayObject *array = nf_needed(object, type, 4, OP, name);
     if (array == NULL) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", OP, name);
-        }
         return NULL;
     }
     const npy_intp item = PyArray_ITEMSIZE(array);

@@ -6,7 +6,11 @@
 int nf_add_memory(PyObject *module);
 int nf_add_ufuncs(PyObject *module);
 int nf_add_gated(PyObject *module);
-int nf_add_rowwise(PyObject *module);
+int nf_add_norm(PyObject *module);
+int nf_add_softmax(PyObject *module);
+int nf_add_cross_entropy(PyObject *module);
+int nf_add_embedding(PyObject *module);
+int nf_add_rotary(PyObject *module);
 int nf_add_gemm(PyObject *module);
 int nf_add_attention(PyObject *module);
 int nf_add_quant(PyObject *module);

@@ -1,7 +1,7 @@
 /* Ops over rows of contiguous elements, as the halves of one array are: SwiGLU and GEGLU in one
    pass forward and one backward, and GeLU after a bias. */
-#include "bind/arguments.h"
 #include "bind/families.h"
+#include "bind/rows.h"
 
 #include "ops/elementwise.h"
 
@@ -37,34 +37,12 @@ columns_of(PyArrayObject *array)
     return ndim == 0 ? 1 : (size_t)PyArray_DIM(array, ndim - 1);
 }
 
-/* Whether the leading axes are as one, over rows of contiguous elements. */
+/* Whether the array is rows of contiguous elements, one stride apart. */
 static int
 rows_view(PyArrayObject *array, nf_rows *rows)
 {
-    const int last = PyArray_NDIM(array) - 1;
-    *rows = (nf_rows){PyArray_BYTES(array), 0};
-    if (last >= 0 && PyArray_DIM(array, last) > 1
-        && PyArray_STRIDE(array, last) != PyArray_ITEMSIZE(array)) {
-        return 0;
-    }
-    npy_intp reach = 0; /* of the axes seen so far, in bytes; 0: none */
-    for (int i = last - 1; i >= 0; i--) {
-        if (PyArray_DIM(array, i) == 1) {
-            continue;
-        }
-        const npy_intp stride = PyArray_STRIDE(array, i);
-        if (reach == 0) {
-            rows->stride = stride;
-        }
-        else if (stride != reach) {
-            return 0;
-        }
-        reach = stride * PyArray_DIM(array, i);
-        if (stride == 0 && i > 0) {
-            return 0; /* a broadcast axis is not told from none */
-        }
-    }
-    return 1;
+    rows->data = PyArray_BYTES(array);
+    return nf_row_stride(array, &rows->stride);
 }
 
 /* A new reference to what `rows` shows: the array, or a copy where it has no rows. */
@@ -88,11 +66,8 @@ read_rows(PyObject *object, PyArrayObject *like, const char *op, const char *nam
           PyArrayObject **held, nf_rows *rows)
 {
     const int type = like == NULL ? NPY_NOTYPE : PyArray_TYPE(like);
-    PyArrayObject *array = nf_array(object, type, -1, op, name);
+    PyArrayObject *array = nf_needed(object, type, -1, op, name);
     if (array == NULL) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", op, name);
-        }
         return -1;
     }
     if (like != NULL
@@ -271,11 +246,8 @@ gated_halves_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
         goto fail;
     }
     const int type = PyArray_TYPE(held), ndim = PyArray_NDIM(held);
-    PyArrayObject *dy = nf_array(args[2], type, -1, op, "dy");
+    PyArrayObject *dy = nf_needed(args[2], type, -1, op, "dy");
     if (dy == NULL || nf_check_shape(dy, ndim, shape, op, "dy") < 0) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: dy must be an array, got None", op);
-        }
         goto fail;
     }
     gradient = as_rows(dy, &in[2]);
@@ -302,12 +274,9 @@ read_biased(PyObject *const *args, const char *op, PyArrayObject *held[2], nf_ro
     if (read_rows(args[0], NULL, op, "x", &held[0], &in[0]) < 0) {
         return -1;
     }
-    PyArrayObject *bias = nf_array(args[1], PyArray_TYPE(held[0]), 1, op, "bias");
+    PyArrayObject *bias = nf_needed(args[1], PyArray_TYPE(held[0]), 1, op, "bias");
     const npy_intp columns = (npy_intp)columns_of(held[0]);
     if (bias == NULL || nf_check_shape(bias, 1, &columns, op, "bias") < 0) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: bias must be an array, got None", op);
-        }
         return -1;
     }
     held[1] = nf_contiguous(bias);

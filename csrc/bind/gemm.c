@@ -75,11 +75,8 @@ matrix_of(PyArrayObject *array, const char *op, const char *name)
 static matrix
 read_matrix(PyObject *object, int type, int ndim, const char *op, const char *name)
 {
-    PyArrayObject *array = nf_array(object, type, ndim, op, name);
+    PyArrayObject *array = nf_needed(object, type, ndim, op, name);
     if (array == NULL) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", op, name);
-        }
         return (matrix){0};
     }
     return matrix_of(array, op, name);
@@ -325,12 +322,9 @@ fail:
 static const int64_t *
 read_offsets(PyObject *object, npy_intp groups, npy_intp rows, const char *op)
 {
-    PyArrayObject *array = nf_array(object, NPY_INT64, 1, op, "offsets");
+    PyArrayObject *array = nf_needed(object, NPY_INT64, 1, op, "offsets");
     const npy_intp length = groups + 1;
     if (array == NULL || nf_check_shape(array, 1, &length, op, "offsets") < 0) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: offsets must be an array, got None", op);
-        }
         return NULL;
     }
     const int64_t *const offsets = PyArray_DATA(array);
@@ -506,11 +500,9 @@ fail:
     return (PyObject *)y;
 }
 
-#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
-
 static PyMethodDef methods[] = {
-    METHOD(linear),        METHOD(product),       METHOD(grouped_linear),
-    METHOD(grouped_outer), {NULL, NULL, 0, NULL},
+    METHOD(linear, NULL),        METHOD(product, NULL), METHOD(grouped_linear, NULL),
+    METHOD(grouped_outer, NULL), {NULL, NULL, 0, NULL},
 };
 
 int

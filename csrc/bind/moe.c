@@ -98,7 +98,7 @@ moe_sort(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (nf_check_count(op, count, 3) < 0) {
         return NULL;
     }
-    PyArrayObject *expert = nf_array(args[0], NPY_INT64, 2, op, "expert_index");
+    PyArrayObject *expert = nf_needed(args[0], NPY_INT64, 2, op, "expert_index");
     const Py_ssize_t experts = PyLong_AsSsize_t(args[1]);
     const Py_ssize_t capacity = PyLong_AsSsize_t(args[2]);
     if (expert == NULL || PyErr_Occurred() || (expert = nf_contiguous(expert)) == NULL) {
@@ -183,7 +183,7 @@ moe_route(PyObject *module, PyObject *const *args, Py_ssize_t count)
                   *expert = NULL, *weight = NULL;
     PyObject *order = NULL, *result = NULL;
     if (nf_check_count(op, count, 10) < 0
-        || (logits = nf_array(args[0], NPY_NOTYPE, 2, op, "logits")) == NULL) {
+        || (logits = nf_needed(args[0], NPY_NOTYPE, 2, op, "logits")) == NULL) {
         return NULL;
     }
     const npy_intp tokens = PyArray_DIM(logits, 0), experts = PyArray_DIM(logits, 1);
@@ -275,8 +275,8 @@ moe_route_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyArrayObject *scores = NULL, *expert = NULL, *dweight = NULL, *dscores = NULL,
                   *dlogits = NULL;
     if (nf_check_count(op, count, 10) < 0
-        || (scores = nf_array(args[0], NPY_NOTYPE, 2, op, "scores")) == NULL
-        || (expert = nf_array(args[7], NPY_INT64, 2, op, "expert_index")) == NULL) {
+        || (scores = nf_needed(args[0], NPY_NOTYPE, 2, op, "scores")) == NULL
+        || (expert = nf_needed(args[7], NPY_INT64, 2, op, "expert_index")) == NULL) {
         return NULL;
     }
     const npy_intp *const shape = PyArray_DIMS(scores);
@@ -326,7 +326,7 @@ move(direction way, PyObject *object, PyObject *weights, PyObject *order, const 
     nf_moe_routing routing;
     PyArrayObject *x = NULL, *weight = NULL, *out = NULL;
     if (read_order(order, &routing, op) < 0
-        || (x = nf_array(object, NPY_NOTYPE, 2, op, name)) == NULL) {
+        || (x = nf_needed(object, NPY_NOTYPE, 2, op, name)) == NULL) {
         return NULL;
     }
     const npy_intp width = PyArray_DIM(x, 1), rows = (npy_intp)routing.rows;
@@ -401,7 +401,7 @@ moe_combine_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyArrayObject *y = NULL, *dy = NULL, *weight = NULL, *drows = NULL, *dweight = NULL;
     PyObject *result = NULL;
     if (nf_check_count(op, count, 4) < 0 || read_order(args[3], &routing, op) < 0
-        || (y = nf_array(args[1], NPY_NOTYPE, 2, op, "y")) == NULL) {
+        || (y = nf_needed(args[1], NPY_NOTYPE, 2, op, "y")) == NULL) {
         return NULL;
     }
     const int type = PyArray_TYPE(y);
@@ -453,7 +453,7 @@ moe_swiglu_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyArrayObject *acted = NULL, *dhidden = NULL, *dweight = NULL;
     PyObject *result = NULL;
     if (nf_check_count(op, count, 4) < 0 || read_order(args[3], &routing, op) < 0
-        || (dacted = nf_array(args[1], NPY_NOTYPE, 2, op, "dacted")) == NULL) {
+        || (dacted = nf_needed(args[1], NPY_NOTYPE, 2, op, "dacted")) == NULL) {
         return NULL;
     }
     const int type = PyArray_TYPE(dacted);
@@ -499,7 +499,6 @@ fail:
     return result;
 }
 
-#define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
 static PyMethodDef methods[] = {
     METHOD(moe_route,
            "(logits, top_k, groups, top_groups, sigmoid, normalize, scale, bias, "
@@ -518,7 +517,6 @@ static PyMethodDef methods[] = {
            "(hidden, dacted, weight, order) -> (acted, dhidden, dweight)"),
     {NULL, NULL, 0, NULL},
 };
-#undef METHOD
 
 int
 nf_add_moe(PyObject *module)

@@ -62,11 +62,8 @@ static void *
 in_place(PyObject *object, PyArrayObject *like, const char *name)
 {
     const char *const op = "adamw_step";
-    PyArrayObject *array = nf_array(object, PyArray_TYPE(like), -1, op, name);
+    PyArrayObject *array = nf_needed(object, PyArray_TYPE(like), -1, op, name);
     if (array == NULL) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_TypeError, "%s: %s must be an array, got None", op, name);
-        }
         return NULL;
     }
     if (nf_check_shape(array, PyArray_NDIM(like), PyArray_DIMS(like), op, name) < 0) {

@@ -219,14 +219,12 @@ int8_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count)
     return (PyObject *)out;
 }
 
-#define METHOD(name, text) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, text}
 static PyMethodDef methods[] = {
     METHOD(quant_pack, "(data, scales, zeros, bits, K, group) -> weights for quant_linear"),
     METHOD(quant_linear, "(x, weights, bias, integers, activation, out) -> y"),
     METHOD(int8_matmul, "(a, b) -> a b^T as int32"),
     {NULL, NULL, 0, NULL},
 };
-#undef METHOD
 
 int
 nf_add_quant(PyObject *module)

@@ -13,11 +13,8 @@ dropout(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (nf_check_count("dropout", count, 3) < 0) {
         return NULL;
     }
-    PyArrayObject *const given = nf_array(args[0], NPY_NOTYPE, -1, "dropout", "x");
+    PyArrayObject *const given = nf_needed(args[0], NPY_NOTYPE, -1, "dropout", "x");
     if (given == NULL) {
-        if (!PyErr_Occurred()) {
-            PyErr_SetString(PyExc_TypeError, "dropout: x must be an array, got None");
-        }
         return NULL;
     }
     const double p = PyFloat_AsDouble(args[1]);

@@ -4,6 +4,7 @@ import pytest
 import numformer as nf
 from numformer import moe
 from tests import oracle
+from tests.gradients import check_gradients, normal
 
 ROUTERS = {
     "mixtral": dict(top_k=2),
@@ -12,23 +13,6 @@ ROUTERS = {
     "deepseek-v3": dict(top_k=3, score="sigmoid", num_groups=4, top_groups=2, scale=2.5),
     "sigmoid": dict(top_k=2, score="sigmoid", normalize=False),
 }
-
-
-def normal(*shape, dtype=np.float64, seed=0):
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(dtype)
-
-
-def slope(f, x, dy, step=1e-5):
-    """d(sum(f() * dy))/dx by central differences; f reads x, which is changed in place."""
-    gradient = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        before = x[i]
-        x[i] = before + step
-        high = (f() * dy).sum()
-        x[i] = before - step
-        gradient[i] = (high - (f() * dy).sum()) / (2 * step)
-        x[i] = before
-    return gradient
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -135,31 +119,20 @@ def test_bits_do_not_depend_on_threads_strides_or_company(threads):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_router_gradients_are_the_slopes(router):
-    logits = normal(5, 8)
-    options = dict(ROUTERS[router])
-    dweight, dprobabilities = normal(5, options["top_k"]), normal(5, 8, seed=1)
-    for name, dy in ("weight", dweight), ("probabilities", dprobabilities):
-        x = nf.Tensor(logits, requires_grad=True)
-        getattr(moe.route(x, **options), name).backward(dy)
-        expected = slope(lambda: getattr(moe.route(logits, **options), name), logits, dy)  # noqa: B023
-        np.testing.assert_allclose(x.grad, expected, rtol=1e-6, atol=1e-8)
+    logits, options = normal(5, 8), ROUTERS[router]
+    check_gradients(lambda x: moe.route(x, **options).weight, logits)
+    check_gradients(lambda x: moe.route(x, **options).probabilities, logits)
 
 
 @pytest.mark.parametrize("capacity", [None, 3])
 def test_dispatch_and_combine_gradients_are_the_slopes(capacity):
-    x, logits = normal(7, 5), normal(7, 4)
     mask = np.arange(7) != 4
-    dy = normal(7, 5, seed=1)
-    xt, lt = nf.Tensor(x, requires_grad=True), nf.Tensor(logits, requires_grad=True)
-    r = moe.route(lt, 2, capacity=capacity, token_mask=mask)
-    moe.combine(moe.dispatch(xt, r), r).backward(dy)
 
-    def value():
+    def there_and_back(x, logits):
         r = moe.route(logits, 2, capacity=capacity, token_mask=mask)
         return moe.combine(moe.dispatch(x, r), r)
 
-    np.testing.assert_allclose(xt.grad, slope(value, x, dy), rtol=1e-6, atol=1e-9)
-    np.testing.assert_allclose(lt.grad, slope(value, logits, dy), rtol=1e-6, atol=1e-9)
+    check_gradients(there_and_back, normal(7, 5), normal(7, 4), atol=1e-9)
 
 
 def test_a_broadcast_gradient_is_read_as_it_stands():
@@ -184,7 +157,7 @@ def test_auxiliary_losses_and_their_gradients(score, form):
     mask = np.arange(9) != 3
     options = dict(top_k=2, score=score, capacity=2, token_mask=mask)
 
-    def value():
+    def value(logits):
         r = moe.route(logits, **options)
         return moe.load_balancing_loss(r, form=form) + 3 * moe.router_z_loss(logits, token_mask=mask)
 
@@ -192,18 +165,13 @@ def test_auxiliary_losses_and_their_gradients(score, form):
     p = p / p.sum(1, keepdims=True)
     share = np.bincount(index.ravel(), minlength=4) / (16 if form == "switch" else 8)
     z = np.log(np.exp(logits[mask]).sum(1))
-    np.testing.assert_allclose(value(), 4 * (share * p.mean(0)).sum() + 3 * (z**2).mean(), rtol=1e-12)
-
-    x = nf.Tensor(logits, requires_grad=True)
-    moe.load_balancing_loss(moe.route(x, **options), form=form).backward()
-    moe.router_z_loss(x, token_mask=mask).backward(np.array(3.0))
-    np.testing.assert_allclose(x.grad, slope(value, logits, np.ones(())), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(value(logits), 4 * (share * p.mean(0)).sum() + 3 * (z**2).mean(), rtol=1e-12)
+    check_gradients(value, logits, atol=1e-9)
 
 
 def test_experts_choose_their_tokens():
     logits = normal(12, 4)
     mask = np.arange(12) != 5
-    dy = normal(12, 3, seed=1)
     x = normal(12, 3)
 
     def value(z):
@@ -216,9 +184,7 @@ def test_experts_choose_their_tokens():
     for e in range(4):
         rows = r.source[r.offsets[e]: r.offsets[e + 1]]
         assert (rows == np.sort(np.argsort(np.where(mask, -p[:, e], 1), kind="stable")[:3])).all()
-    z = nf.Tensor(logits, requires_grad=True)
-    value(z).backward(dy)
-    np.testing.assert_allclose(z.grad, slope(lambda: value(logits), logits, dy), rtol=1e-6, atol=1e-9)
+    check_gradients(value, logits, atol=1e-9)
 
 
 def experts(e, inner, d, dtype=np.float64):
@@ -260,15 +226,10 @@ def gradients(x, logits, gate_up, down, dy, options):
 
 @pytest.mark.parametrize("options", [dict(top_k=2), dict(top_k=2, capacity=3, token_mask=np.arange(6) != 2)])
 def test_mlp_gradients_are_the_slopes(options):
-    x, logits, dy = normal(6, 3), normal(6, 4), normal(6, 3, seed=1)
-    gate_up, down = experts(4, 5, 3)
-    got = gradients(x, logits, gate_up, down, dy, options)
-
-    def value():
+    def through_experts(x, logits, gate_up, down):
         return moe.mlp(x, moe.route(logits, **options), gate_up, down)
 
-    for gradient, array in zip(got, (x, logits, gate_up, down)):
-        np.testing.assert_allclose(gradient, slope(value, array, dy), rtol=1e-6, atol=1e-9)
+    check_gradients(through_experts, normal(6, 3), normal(6, 4), *experts(4, 5, 3), atol=1e-9)
 
 
 def test_mlp_gradients_do_not_depend_on_threads_and_x_not_on_company(threads):

@@ -1,0 +1,306 @@
+/* Losses over rows of logits: cross entropy, and the entropy of their softmax. */
+#include "bind/families.h"
+#include "bind/rows.h"
+
+/* Logits (..., n) and what goes with each of their rows. */
+typedef struct {
+    nf_row_view logits;
+    PyArrayObject *targets;
+} loss_rows;
+
+static int
+loss_rows_of(PyObject *logits, PyObject *targets, const char *op, loss_rows *r)
+{
+    PyArrayObject *given = nf_needed(logits, NPY_NOTYPE, -1, op, "logits");
+    if (given == NULL) {
+        return -1;
+    }
+    r->logits = nf_rows_of(given, op, "logits");
+    if (r->logits.array == NULL) {
+        return -1;
+    }
+    if (targets == NULL) {
+        return 0;
+    }
+    r->targets = nf_integers_of(targets, op, "targets");
+    return r->targets == NULL ? -1
+                              : nf_check_shape(r->targets, PyArray_NDIM(given) - 1,
+                                               PyArray_DIMS(given), op, "targets");
+}
+
+static void
+loss_rows_free(loss_rows *r)
+{
+    Py_XDECREF(r->logits.array);
+    Py_XDECREF(r->targets);
+}
+
+/* A float argument; 0 and an error set where it is none. */
+static double
+number(PyObject *object)
+{
+    const double value = PyFloat_AsDouble(object);
+    return value == -1 && PyErr_Occurred() ? 0 : value;
+}
+
+enum { MEAN, SUM, NONE }; /* how losses are reduced */
+
+/* Exponentials of a row. */
+static double
+loss_cost(npy_intp n)
+{
+    return 2 * (double)n + 100;
+}
+
+/* (logits, targets, ignore_index, smoothing, z_loss, scale, sign, reduction)
+   -> (loss, lse, targets as int64, count): loss () or the shape of targets */
+static PyObject *
+cross_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    static const char op[] = "cross_entropy";
+    loss_rows r = {0};
+    PyArrayObject *loss = NULL, *lse = NULL, *sum = NULL;
+    PyObject *result = NULL;
+    if (nf_check_count(op, count, 8) < 0 || loss_rows_of(args[0], args[1], op, &r) < 0) {
+        goto fail;
+    }
+    const int64_t ignore = PyLong_AsLongLong(args[2]);
+    const double smoothing = number(args[3]), z_loss = number(args[4]);
+    const double scale = number(args[5]), sign = number(args[6]);
+    const long reduction = PyLong_AsLong(args[7]);
+    if (PyErr_Occurred()
+        || nf_check_ids(r.targets, r.logits.n, ignore, op, "targets") < 0) {
+        goto fail;
+    }
+    const int type = PyArray_TYPE(r.logits.array);
+    loss = nf_new(PyArray_NDIM(r.targets), PyArray_DIMS(r.targets), type);
+    lse = nf_new(1, &r.logits.rows, type);
+    if (loss == NULL || lse == NULL) {
+        goto fail;
+    }
+    const nf_cross_entropy a = {.logits = r.logits.data,
+                                .targets = PyArray_DATA(r.targets),
+                                .loss = PyArray_DATA(loss),
+                                .lse = PyArray_DATA(lse),
+                                .logits_step = r.logits.step,
+                                .ignore_index = ignore,
+                                .scale = scale,
+                                .smoothing = smoothing,
+                                .z_loss = z_loss,
+                                .sign = sign,
+                                .n = (size_t)r.logits.n};
+    if (nf_run_rows(PICK(cross_entropy, type), &a, r.logits.rows, loss_cost(r.logits.n), op)
+        < 0) {
+        goto fail;
+    }
+    const size_t rows = (size_t)r.logits.rows;
+    size_t counted = rows;
+    if (reduction != NONE) {
+        counted = nf_count_other(a.targets, rows, ignore);
+        double value = nf_total(a.loss, rows, (size_t)PyArray_ITEMSIZE(loss));
+        value = reduction == MEAN && counted > 0 ? value / (double)counted : value;
+        sum = nf_new(0, NULL, type);
+        if (sum == NULL) {
+            goto fail;
+        }
+        if (type == NPY_FLOAT) {
+            *(float *)PyArray_DATA(sum) = (float)value;
+        }
+        else {
+            *(double *)PyArray_DATA(sum) = value;
+        }
+    }
+    result = Py_BuildValue("OOOn", sum ? sum : loss, lse, r.targets, (Py_ssize_t)counted);
+fail:
+    loss_rows_free(&r);
+    Py_XDECREF(loss);
+    Py_XDECREF(lse);
+    Py_XDECREF(sum);
+    return result;
+}
+
+/* A gradient for each row, or one for all (0-d): a new reference and its step. */
+static PyArrayObject *
+row_gradient(PyObject *object, PyArrayObject *logits, int single, const char *op,
+             ptrdiff_t *step)
+{
+    PyArrayObject *dy = nf_needed(object, PyArray_TYPE(logits), -1, op, "dy");
+    if (dy == NULL
+        || nf_check_shape(dy, single ? 0 : PyArray_NDIM(logits) - 1, PyArray_DIMS(logits),
+                          op, "dy")
+               < 0) {
+        return NULL;
+    }
+    *step = !single;
+    return nf_contiguous(dy);
+}
+
+/* (dy, logits, targets, lse, ignore_index, smoothing, z_loss, scale, sign, dy_scale, single)
+   -> dlogits; dy is () where single, else the shape of targets */
+static PyObject *
+cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    static const char op[] = "cross_entropy_backward";
+    loss_rows r = {0};
+    PyArrayObject *dy = NULL, *dlogits = NULL;
+    if (nf_check_count(op, count, 11) < 0 || loss_rows_of(args[1], args[2], op, &r) < 0) {
+        goto fail;
+    }
+    const int type = PyArray_TYPE(r.logits.array);
+    PyArrayObject *lse = nf_needed(args[3], type, -1, op, "lse");
+    if (lse == NULL || nf_check_shape(lse, 1, &r.logits.rows, op, "lse") < 0) {
+        goto fail;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(lse)) {
+        PyErr_Format(PyExc_ValueError, "%s: lse must be as the forward gave it", op);
+        goto fail;
+    }
+    const int64_t ignore = PyLong_AsLongLong(args[4]);
+    const double smoothing = number(args[5]), z_loss = number(args[6]);
+    const double scale = number(args[7]), sign = number(args[8]),
+                 dy_scale = number(args[9]);
+    const int single = PyObject_IsTrue(args[10]);
+    if (PyErr_Occurred()
+        || nf_check_ids(r.targets, r.logits.n, ignore, op, "targets") < 0) {
+        goto fail;
+    }
+    ptrdiff_t dy_step = 0;
+    dy = row_gradient(args[0], r.logits.array, single, op, &dy_step);
+    if (dy == NULL) {
+        goto fail;
+    }
+    dlogits = nf_new_like(r.logits.array);
+    if (dlogits == NULL) {
+        goto fail;
+    }
+    const nf_cross_entropy a = {.logits = r.logits.data,
+                                .targets = PyArray_DATA(r.targets),
+                                .lse = PyArray_DATA(lse),
+                                .dy = PyArray_DATA(dy),
+                                .dlogits = PyArray_DATA(dlogits),
+                                .dy_scale = dy_scale,
+                                .logits_step = r.logits.step,
+                                .dy_step = dy_step,
+                                .ignore_index = ignore,
+                                .scale = scale,
+                                .smoothing = smoothing,
+                                .z_loss = z_loss,
+                                .sign = sign,
+                                .n = (size_t)r.logits.n};
+    if (nf_run_rows(PICK(cross_entropy_backward, type), &a, r.logits.rows,
+                    loss_cost(r.logits.n), op)
+        < 0) {
+        Py_CLEAR(dlogits);
+    }
+fail:
+    loss_rows_free(&r);
+    Py_XDECREF(dy);
+    return (PyObject *)dlogits;
+}
+
+/* (logits, scale) -> (entropy, lse) */
+static PyObject *
+softmax_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    static const char op[] = "softmax_entropy";
+    loss_rows r = {0};
+    PyArrayObject *entropy = NULL, *lse = NULL;
+    PyObject *result = NULL;
+    if (nf_check_count(op, count, 2) < 0 || loss_rows_of(args[0], NULL, op, &r) < 0) {
+        goto fail;
+    }
+    const double scale = number(args[1]);
+    if (PyErr_Occurred()) {
+        goto fail;
+    }
+    PyArrayObject *logits = r.logits.array;
+    const int type = PyArray_TYPE(logits);
+    entropy = nf_new(PyArray_NDIM(logits) - 1, PyArray_DIMS(logits), type);
+    lse = nf_new(1, &r.logits.rows, type);
+    if (entropy == NULL || lse == NULL) {
+        goto fail;
+    }
+    const nf_entropy a = {.logits = r.logits.data,
+                          .entropy = PyArray_DATA(entropy),
+                          .lse = PyArray_DATA(lse),
+                          .logits_step = r.logits.step,
+                          .scale = scale,
+                          .n = (size_t)r.logits.n};
+    if (nf_run_rows(PICK(softmax_entropy, type), &a, r.logits.rows, loss_cost(r.logits.n),
+                    op)
+        < 0) {
+        goto fail;
+    }
+    result = PyTuple_Pack(2, entropy, lse);
+fail:
+    loss_rows_free(&r);
+    Py_XDECREF(entropy);
+    Py_XDECREF(lse);
+    return result;
+}
+
+/* (dy, logits, entropy, lse, scale) -> dlogits */
+static PyObject *
+softmax_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    (void)module;
+    static const char op[] = "softmax_entropy_backward";
+    loss_rows r = {0};
+    PyArrayObject *dy = NULL, *entropy = NULL, *dlogits = NULL;
+    if (nf_check_count(op, count, 5) < 0 || loss_rows_of(args[1], NULL, op, &r) < 0) {
+        goto fail;
+    }
+    const int type = PyArray_TYPE(r.logits.array);
+    ptrdiff_t dy_step = 0, entropy_step = 0;
+    PyArrayObject *lse = nf_needed(args[3], type, -1, op, "lse");
+    const double scale = number(args[4]);
+    if (lse == NULL || PyErr_Occurred()
+        || nf_check_shape(lse, 1, &r.logits.rows, op, "lse") < 0) {
+        goto fail;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(lse)) {
+        PyErr_Format(PyExc_ValueError, "%s: lse must be as the forward gave it", op);
+        goto fail;
+    }
+    dy = row_gradient(args[0], r.logits.array, 0, op, &dy_step);
+    entropy =
+        dy == NULL ? NULL : row_gradient(args[2], r.logits.array, 0, op, &entropy_step);
+    dlogits = entropy == NULL ? NULL : nf_new_like(r.logits.array);
+    if (dlogits == NULL) {
+        goto fail;
+    }
+    const nf_entropy a = {.logits = r.logits.data,
+                          .entropy = PyArray_DATA(entropy),
+                          .lse = PyArray_DATA(lse),
+                          .dy = PyArray_DATA(dy),
+                          .dlogits = PyArray_DATA(dlogits),
+                          .logits_step = r.logits.step,
+                          .dy_step = dy_step,
+                          .scale = scale,
+                          .n = (size_t)r.logits.n};
+    if (nf_run_rows(PICK(softmax_entropy_backward, type), &a, r.logits.rows,
+                    loss_cost(r.logits.n), op)
+        < 0) {
+        Py_CLEAR(dlogits);
+    }
+fail:
+    loss_rows_free(&r);
+    Py_XDECREF(dy);
+    Py_XDECREF(entropy);
+    return (PyObject *)dlogits;
+}
+
+static PyMethodDef methods[] = {
+    METHOD(cross_entropy, NULL),   METHOD(cross_entropy_backward, NULL),
+    METHOD(softmax_entropy, NULL), METHOD(softmax_entropy_backward, NULL),
+    {NULL, NULL, 0, NULL},
+};
+
+int
+nf_add_cross_entropy(PyObject *module)
+{
+    return PyModule_AddFunctions(module, methods);
+}
