@@ -3,7 +3,8 @@
 Objects are compiled side by side and kept under build/: a file is compiled again only when it, or
 something that it includes, is newer. Environment:
 
-NUMFORMER_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer
+NUMFORMER_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer, at -O1, and of the instruction sets
+                        only those that this machine has and tests can run
 NUMFORMER_EMULATE=1     for tests on a processor that has AVX2 but not AVX-512: the kernels of AVX-512
                         with SIMDe's bodies of its intrinsics (Debian: libsimde-dev)
 NUMFORMER_WERROR=1      a warning is an error (CI)
@@ -26,7 +27,7 @@ LINK = ["-fopenmp"]
 if os.environ.get("NUMFORMER_WERROR"):
     FLAGS += ["-Werror"]
 if os.environ.get("NUMFORMER_SANITIZE"):
-    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
+    FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
               "-g1"]
     LINK += ["-fsanitize=address,undefined"]
 
@@ -40,7 +41,7 @@ if TARGET.startswith("x86_64"):
     if os.environ.get("NUMFORMER_EMULATE"):
         FLAGS += ["-DNF_EMULATE"]
         ISA_FLAGS["avx512"] = ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx2"], "-Wno-psabi"]
-    else:
+    elif not os.environ.get("NUMFORMER_SANITIZE") or "avx512_vnni" in open("/proc/cpuinfo").read():
         ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                                "-mprefer-vector-width=512"]
         ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
