@@ -43,6 +43,12 @@ def main():
             memory = shape == MEMORY
             suite.compare(f"gelu {form}, {where}", x.nbytes * 2 if memory else x.size, "copy" if memory else None,
                           unit=None if memory else "elements", goal=None if memory else goal, **functions(form, x, out))
+    for deviation in (3, 20):
+        x = deviation * normal(*CACHE)
+        out = np.empty_like(x)
+        for form in ("none", "tanh"):
+            suite.compare(f"gelu {form}, 256 K elements of deviation {deviation} from cache", x.size, None,
+                          unit="elements", **functions(form, x, out))
     x, bias, gate = normal(2048, 1024), normal(1024), normal(2048, 1024)
     tx, tb, tg = (torch.from_numpy(a) for a in (x, bias, gate)) if torch else (None,) * 3
 
