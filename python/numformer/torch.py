@@ -7,6 +7,7 @@ Nothing else in numformer imports torch, and the compiled kernels know nothing o
 same place in memory, and goes in as one.
 """
 import contextlib
+import inspect
 import math
 
 import numpy as np
@@ -16,7 +17,7 @@ import numformer as nf
 from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
 from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 
-__all__ = ["attention_of_transformers", "scaled_dot_product_attention"]
+__all__ = ["attention_of_transformers", "mask_of_transformers", "scaled_dot_product_attention"]
 
 _OP = "scaled_dot_product_attention"
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -192,7 +193,8 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
         Says by ``is_causal`` what holds where there is no mask.
     query, key, value : torch.Tensor, (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)
     attention_mask : torch.Tensor, optional
-        Boolean or added; all that is to be masked, window and causality included.
+        What :func:`mask_of_transformers` gave, or a tensor, boolean or added: then it is all that is to be masked,
+        window and causality included.
     dropout, scaling : float
     is_causal : bool, optional
         Instead of the module's.
@@ -210,7 +212,8 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     Raises
     ------
     ValueError
-        If the weights are asked for (``output_attentions``): they are never held.
+        If the weights are asked for (``output_attentions``): they are never held. If a causal model gives one row of
+        a mask for several queries, and not as it was made.
     """
     if kwargs.get("output_attentions"):
         raise ValueError('attn_implementation="numformer" holds no attention weights, so output_attentions=True needs '
@@ -218,25 +221,97 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # One query is the last; and where the first of several meet more keys, the rest of a static cache is empty.
-    is_causal = bool(is_causal) and attention_mask is None and query.shape[2] > 1
+    rules = getattr(attention_mask, "numformer_rules", None)
+    if rules is not None:
+        rules = _placed(*rules, query.shape[2], key.shape[2], len(query))
+    elif attention_mask is not None and is_causal and attention_mask.ndim == 4 and (
+            attention_mask.shape[2] < query.shape[2]):
+        raise ValueError(f"{_OP}: a mask of shape {tuple(attention_mask.shape)} for {query.shape[2]} queries of a "
+                         "causal model does not say what each of them sees: hand on the mask that the model was given "
+                         "as it is, or make one of all queries")
+    else:
+        rules = {"is_causal": bool(is_causal) and attention_mask is None and query.shape[2] > 1}
     if position_bias is not None:
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             attention_mask = torch.where(attention_mask, position_bias, -torch.inf)
         else:
             attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
-    out = scaled_dot_product_attention(query, key, value, attention_mask, dropout, is_causal, scaling, True,
-                                       softcap=softcap or 0.0, sinks=s_aux)
+    out = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=True,
+                                       softcap=softcap or 0.0, sinks=s_aux, **rules)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _placed(causal, window, offset, queries, keys, batch):
+    """The keywords for queries of which the first stands at key `offset`."""
+    rules = {"is_causal": causal, "window_size": window, "causal_align": "bottom_right"}
+    if offset == 0:
+        rules["causal_align"] = "top_left"
+    elif offset != keys - queries:          # the rest of a static cache is empty
+        rules["kv_lengths"] = [offset + queries] * batch
+    return rules
+
+
+def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=0, mask_function=None,
+                         attention_mask=None, **kwargs):
+    """The mask of ``attn_implementation="numformer"``: one row a sequence, and what each query sees in a word.
+
+    Parameters
+    ----------
+    batch_size, q_length, kv_length, q_offset, kv_offset : int
+        The queries stand at positions from `q_offset` on, the keys from `kv_offset` on.
+    mask_function : callable
+        Which of transformers' rules holds: causal, causal within a window, or both ways. Others, such as those of
+        packed sequences, chunks or a user, get the mask (B, 1, q_length, kv_length) that "sdpa" has.
+    attention_mask : torch.Tensor, (B, positions), boolean, optional
+        False is padding, on either side.
+
+    Returns
+    -------
+    torch.Tensor, (B, 1, 1, kv_length), boolean, with the rule as an attribute; or None where nothing but causality
+    from the first key on holds. O(kv_length), never O(q_length kv_length).
+    """
+    from transformers import masking_utils
+
+    rule = _rule(mask_function, masking_utils)
+    if rule is None or torch.compiler.is_compiling() or kwargs.get("use_vmap"):
+        return masking_utils.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function,
+                                       attention_mask, **kwargs)
+    causal, window = rule
+    offset = int(q_offset) - int(kv_offset)
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        padding = padding[:, kv_offset:kv_offset + kv_length]
+    plain = window == (-1, -1) and (not causal or (offset == kv_length - q_length and (offset == 0 or q_length == 1)))
+    if plain and (padding is None or bool(padding.all())):
+        return None
+    if padding is None:
+        padding = torch.ones((batch_size, kv_length), dtype=torch.bool)
+    mask = padding[:, None, None, :]
+    mask.numformer_rules = causal, window, offset if causal or window != (-1, -1) else kv_length - q_length
+    return mask
+
+
+def _rule(function, masking_utils):
+    """(causal, window) of one of transformers' functions of (batch, head, query, key); None where it is another."""
+    simple = {masking_utils.causal_mask_function: (True, (-1, -1)),
+              masking_utils.bidirectional_mask_function: (False, (-1, -1))}
+    if function in simple:
+        return simple[function]
+    parts = inspect.getclosurevars(function).nonlocals.get("mask_functions", ())
+    if len(parts) == 2 and parts[1] is masking_utils.causal_mask_function and (
+            parts[0].__qualname__.startswith("sliding_window_overlay.")):
+        return True, (inspect.getclosurevars(parts[0]).nonlocals["sliding_window"] - 1, -1)
+    return None
 
 
 def _register():
     """Tell transformers, if there is one that asks, how attention and its masks are made here."""
     with contextlib.suppress(ImportError):
         from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        from transformers.masking_utils import AttentionMaskInterface
 
         AttentionInterface.register("numformer", attention_of_transformers)
-        AttentionMaskInterface.register("numformer", sdpa_mask)
+        AttentionMaskInterface.register("numformer", mask_of_transformers)
 
 
 _register()

@@ -3,6 +3,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+numformer = pytest.importorskip("numformer")
 pytest.importorskip("numformer.torch")
 
 SMALL = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 60}
@@ -11,6 +12,8 @@ DECODER = SMALL | {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layer
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**DECODER),
     "mistral": lambda: transformers.MistralConfig(**DECODER, sliding_window=5),
+    "qwen2": lambda: transformers.Qwen2Config(**DECODER, use_sliding_window=True, sliding_window=6,
+                                              max_window_layers=1),
     "gpt2": lambda: transformers.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0.0,
                                             embd_pdrop=0.0, resid_pdrop=0.0),
     "gemma2": lambda: transformers.Gemma2Config(**DECODER, head_dim=8, sliding_window=5, attn_logit_softcapping=2.0),
@@ -90,6 +93,53 @@ def test_generation_is_the_same_token_for_token(name, cache):
                        disable_compile=True)
         for model in models(name, "numformer", reference(name)))
     assert ours.shape[1] > 12 and torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_padded_batch_trains_as_by_eager_and_no_mask_of_queries_times_keys_is_made(name, side, monkeypatch):
+    tokens, padding = batch()
+    padding = torch.ones_like(tokens)
+    padding[1, :4] = padding[2, :9] = 0
+    if side == "right":
+        padding = padding.flip(1)
+    positions = (padding.cumsum(1) - 1).clamp(min=0)
+    labels = tokens.masked_fill(padding == 0, -100)
+    labels[:, 1:][padding[:, :-1] == 0] = -100
+    masks, results = [], []
+    made = numformer.torch.scaled_dot_product_attention
+
+    def watched(*arguments, **keywords):
+        masks.append(arguments[3])
+        return made(*arguments, **keywords)
+
+    monkeypatch.setattr(numformer.torch, "scaled_dot_product_attention", watched)
+    for model in models(name, "numformer", "eager"):
+        result = model.train()(tokens, attention_mask=padding, position_ids=positions, labels=labels)
+        result.loss.backward()
+        results.append([result.logits[padding.bool()], result.loss, *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert len(masks) == 2 and all(mask.shape == (3, 1, 1, 12) for mask in masks)
+
+
+def test_rules_of_other_kinds_get_the_mask_of_sdpa():
+    from transformers import masking_utils
+
+    rule = masking_utils.chunked_causal_mask_function(3, torch.zeros(2, dtype=torch.int64))
+    mask = numformer.torch.mask_of_transformers(2, 7, 7, mask_function=rule, attention_mask=batch()[1][:2, :7].bool())
+    assert mask.shape == (2, 1, 7, 7) and not mask[0, 0, 3, 2] and mask[0, 0, 4, 3]
+
+
+def test_a_row_of_a_mask_that_has_lost_its_rule_is_refused():
+    model, = models("llama", "numformer")
+    tokens, padding = batch()
+    mask = numformer.torch.mask_of_transformers(
+        3, 12, 12, mask_function=transformers.masking_utils.causal_mask_function, attention_mask=padding.bool())
+    assert mask.shape == (3, 1, 1, 12)
+    torch.testing.assert_close(model(tokens, attention_mask=mask).logits, model(tokens, attention_mask=padding).logits)
+    with pytest.raises(ValueError, match="does not say what each of them sees"):
+        model(tokens, attention_mask=mask.clone())
 
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
