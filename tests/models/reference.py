@@ -33,7 +33,12 @@ def logits(torch, model, tokens):
             q, k = rotate(q), rotate(k)
         k, v = (t.repeat_interleave(n_head // n_kv_head, 1) for t in (k, v))
         score = q @ k.transpose(-1, -2) / math.sqrt(width)
-        score = score.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        if c.position == "alibi":       # a power of two of heads
+            slopes = 2.0 ** (-8 * torch.arange(1, n_head + 1, dtype=x.dtype) / n_head)
+            score = score - slopes[:, None, None] * distance
+        hidden = (distance < 0) | (distance >= (c.window or length))
+        score = score.masked_fill(hidden, -math.inf)
         y = (score.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, n_head * width)
         return linear(y, name + ".out")
 

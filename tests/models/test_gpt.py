@@ -10,6 +10,8 @@ SHAPES = {
     "learned": {"position": "learned", "norm": "layer", "bias": True, "activation": "gelu"},
     "gpt2": {"position": "learned", "init": "gpt2", "norm": "layer", "activation": "gelu_tanh", "tie_embedding": False},
     "pruned": {"layer_heads": [[2, 2], [1, 1]]},
+    "alibi": {"position": "alibi", "n_kv_head": 1}, "window": {"window": 4},
+    "alibi, window": {"position": "alibi", "window": 3, "n_expert": 4},
 }
 every_shape = pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 
@@ -62,6 +64,23 @@ def test_no_token_sees_what_comes_after_it(options):
     ids[:, 6:] = (ids[:, 6:] + 1) % 30
     np.testing.assert_array_equal(model(ids).data[:, :6], before[:, :6])
     assert not np.array_equal(model(ids).data[:, 6], before[:, 6])
+
+
+def test_a_window_bounds_how_far_back_a_token_reaches_through_all_layers():
+    model, ids = gpt(window=3), tokens()
+    before = model(ids).data
+    ids[:, 0] = (ids[:, 0] + 1) % 30
+    after = model(ids).data
+    np.testing.assert_array_equal(after[:, 5:], before[:, 5:])      # two layers of two tokens back
+    assert (after[:, :5] != before[:, :5]).any(axis=(0, 2)).all()
+
+
+@every_shape
+def test_greedy_generation_takes_the_largest_logit_of_the_full_forward(options):
+    model = gpt(**options)
+    text = model.generate([3, 1, 4, 1], 9, temperature=0)
+    logits = model.as_arrays()(np.array([text]))
+    assert text[4:] == logits[0, 3:-1].argmax(-1).tolist()
 
 
 @every_shape
@@ -196,7 +215,9 @@ def test_training_with_dropout_is_reproducible():
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"n_layer": 0}, "n_layer must be 1 or more, got 0"), ({"n_head": 3}, "multiple of n_head, got 16 and 3"),
-    ({"n_head": 16}, "even head size, got 1"), ({"position": "none"}, "position must be one of rotary, learned"),
+    ({"n_head": 16}, "even head size, got 1"), ({"position": "none"}, "position must be one of rotary, learned, alibi"),
+    ({"window": 0}, "window must be 1 or more, or None, got 0"),
+    ({"position": "alibi", "layer_heads": [[2, 2], [1, 1]]}, "leave layer_heads None"),
     ({"norm": "batch"}, "norm must be one of"), ({"init": "zeros"}, "init must be one of"),
     ({"dtype": "float16"}, "dtype must be one of"), ({"activation": "relu"}, "activation must be one of"),
     ({"n_expert": 2, "activation": "gelu"}, "experts are SwiGLU"), ({"n_expert": 1}, "top_k must be at most n_expert"),

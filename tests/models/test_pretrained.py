@@ -15,7 +15,8 @@ def small(seed=0, **options):
 
 @pytest.mark.parametrize("options", [{}, {"position": "learned", "norm": "layer", "bias": True, "activation": "gelu"},
                                      {"tie_embedding": False, "init": "gpt2", "n_kv_head": 1},
-                                     {"layer_heads": [[2, 2], [1, 1]]}, {"dtype": "float64"}])
+                                     {"layer_heads": [[2, 2], [1, 1]]}, {"dtype": "float64"},
+                                     {"position": "alibi", "window": 5}])
 def test_a_saved_model_comes_back_with_the_same_bits(tmp_path, options):
     model = small(3, **options)
     model.save_pretrained(tmp_path / "m")
@@ -24,6 +25,8 @@ def test_a_saved_model_comes_back_with_the_same_bits(tmp_path, options):
     assert list(again.state_dict()) == list(model.state_dict())
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name], array)
+    ids = np.arange(16)[None]
+    np.testing.assert_array_equal(again(ids).data, model(ids).data)
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
 
 

@@ -46,7 +46,11 @@ class GPTConfig:
         token passes through as many parameters as in the dense model.
     top_k : int
         Experts that each token goes to.
-    position : {"rotary", "learned"}
+    position : {"rotary", "learned", "alibi"}
+        Rotary turns of queries and keys, an embedding of each position, or scores that fall with distance
+        (Press et al. 2022).
+    window : int, optional
+        A token sees itself and the window - 1 tokens before it; all where None.
     dropout : float
         Of the embedding, the attention weights and what the layers add, in training mode.
     norm : {"rms", "layer"}
@@ -85,9 +89,10 @@ class GPTConfig:
     load_balancing: float = 0.01
     recompute: bool = False
     dtype: str = "float32"
+    window: int | None = None
 
     def __post_init__(self):
-        choices = {"position": ("rotary", "learned"), "norm": ("rms", "layer"), "init": ("xavier", "gpt2"),
+        choices = {"position": ("rotary", "learned", "alibi"), "norm": ("rms", "layer"), "init": ("xavier", "gpt2"),
                    "activation": ("swiglu", "gelu", "gelu_tanh"), "dtype": ("float32", "float64")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -95,10 +100,15 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "top_k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"GPTConfig: {name} must be 1 or more, got {getattr(self, name)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"GPTConfig: window must be 1 or more, or None, got {self.window}")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         if self.position == "rotary" and self.n_embd // self.n_head % 2:
             raise ValueError(f"GPTConfig: rotary positions need an even head size, got {self.n_embd // self.n_head}")
+        if self.position == "alibi" and self.layer_heads:
+            raise ValueError("GPTConfig: with alibi each head has a slope by its place among n_head, so layers cannot "
+                             "have fewer: leave layer_heads None")
         if self.n_expert and self.activation != "swiglu":
             raise ValueError(f"GPTConfig: experts are SwiGLU, got activation {self.activation!r}")
         if self.n_expert and self.top_k > self.n_expert:
@@ -115,7 +125,9 @@ class Block(Module):
         n_head, n_kv_head = c.layer_heads[layer] if c.layer_heads else (c.n_head, c.n_kv_head)
         self.norm_1 = _norm(c)
         self.attention = MultiHeadAttention(c.n_embd, n_head, n_kv_head, head_dim=c.n_embd // c.n_head, bias=c.bias,
-                                            dropout=c.dropout, rng=rng, dtype=np.dtype(c.dtype))
+                                            dropout=c.dropout,
+                                            window_size=(-1 if c.window is None else c.window - 1, -1),
+                                            alibi=c.position == "alibi", rng=rng, dtype=np.dtype(c.dtype))
         self.norm_2 = _norm(c)
         if c.n_expert:
             self.mlp = nf.nn.MoE(c.n_embd, c.n_inner // c.top_k, c.n_expert, c.top_k, rng=rng, dtype=np.dtype(c.dtype))
@@ -159,8 +171,9 @@ class GPT(Module, Pretrained):
             self.position = Embedding(c.block_size, c.n_embd, rng=rng, dtype=dtype)
             self.rotary = None
         else:
-            self.position = None
-            self.rotary = rotary_tables(c.block_size, c.n_embd // c.n_head, theta=c.rope_theta, dtype=dtype)
+            self.position = self.rotary = None
+            if c.position == "rotary":
+                self.rotary = rotary_tables(c.block_size, c.n_embd // c.n_head, theta=c.rope_theta, dtype=dtype)
         self.drop = Dropout(c.dropout, rng=rng)
         self.blocks = [Block(c, layer, rng) for layer in range(c.n_layer)]
         self.norm = _norm(c)
