@@ -196,6 +196,14 @@ def test_recomputing_changes_nothing_where_nothing_is_recorded():
         np.testing.assert_array_equal(model.eval()(ids).data, gpt(n_expert=4).eval()(ids).data)
 
 
+def test_generation_may_keep_its_keys_in_float16():
+    model = gpt()
+    exact = model.generate([[1, 2, 3], [4, 5]], 9, temperature=0)
+    assert model.generate([[1, 2, 3], [4, 5]], 9, temperature=0, cache_dtype=np.float16) == exact
+    with pytest.raises(TypeError, match="KVCache: dtype must be"):
+        model.generate([1], 2, temperature=0, cache_dtype=np.int8)
+
+
 def test_training_with_dropout_is_reproducible():
     def train(seed):
         model, ids = gpt(5, dropout=0.2).train(), tokens(4, 12)

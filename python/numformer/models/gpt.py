@@ -255,7 +255,7 @@ class GPT(Module, Pretrained):
         return np.array([r.counts / max(r.counts.sum(), 1) for r in self.routings()])
 
     def generate(self, ids, max_new_tokens, *, temperature=1.0, top_k=None, top_p=None, min_p=None, eos_id=None,
-                 rng=None):
+                 rng=None, cache_dtype=None):
         """Continue prompts.
 
         All rows go through the model in step, from the end of the shortest prompt on; a longer prompt's own tokens
@@ -272,6 +272,9 @@ class GPT(Module, Pretrained):
             A row ends with this token.
         rng : numpy.random.Generator
             Needed unless temperature is 0.
+        cache_dtype : dtype, optional
+            Of the keys and values that are kept (:class:`numformer.nn.KVCache`): float16 or bfloat16 halve a float32
+            model's, which are then no longer those of the full forward to the bit.
 
         Returns
         -------
@@ -300,15 +303,15 @@ class GPT(Module, Pretrained):
         if max_new_tokens > 0:
             model = self.as_arrays() if type(self.norm.weight) is Tensor else self
             choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, rng=rng)
-            model._continue(rows, max_new_tokens, total, eos_id, choose)
+            model._continue(rows, max_new_tokens, total, eos_id, choose, cache_dtype or self.config.dtype)
         return rows[0] if single else rows
 
-    def _continue(self, rows, max_new_tokens, total, eos_id, choose):
+    def _continue(self, rows, max_new_tokens, total, eos_id, choose, cache_dtype):
         """Append to `rows` in place; self holds arrays."""
         ends = [len(row) + max_new_tokens for row in rows]
         active = list(range(len(rows)))         # the rows of the cache
         length = min(map(len, rows))
-        cache = KVCache([block.attention for block in self.blocks], len(rows), total, np.dtype(self.config.dtype))
+        cache = KVCache([block.attention for block in self.blocks], len(rows), total, cache_dtype)
         tokens = np.array([row[:length] for row in rows])
         while True:
             hidden = self.hidden(tokens, cache)

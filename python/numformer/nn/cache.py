@@ -23,6 +23,15 @@ def _arrays(query, key, value, dropout_p, rng):
     return [x.detach().data if type(x) is Tensor else x for x in (query, key, value)]
 
 
+def _storage(dtype, cache, bytes_too=False):
+    """`dtype` as one that a cache can hold."""
+    dtype = np.dtype(dtype)
+    if dtype.name not in ("float32", "float64", "float16", "bfloat16") and not (bytes_too and dtype == np.int8):
+        raise TypeError(f"{cache}: dtype must be float32, float64, float16{', int8' if bytes_too else ''} or bfloat16 "
+                        f"(of ml_dtypes), got {dtype}")
+    return dtype
+
+
 class KVCache:
     """Keys and values of the positions so far, for every layer: two arrays (B, its n_kv_head, capacity, D).
 
@@ -33,7 +42,8 @@ class KVCache:
     batch, capacity : int
         Sequences, all of one length, and the most positions of each.
     dtype : dtype
-        That of the model.
+        That of the model; float16 or bfloat16 for a float32 model rounds what is kept, and all is computed in float32
+        from it.
 
     Attributes
     ----------
@@ -42,7 +52,7 @@ class KVCache:
     """
 
     def __init__(self, attentions, batch, capacity, dtype=np.float32):
-        shapes = [(batch, a.n_kv_head, capacity, a.head_dim) for a in attentions]
+        shapes, dtype = [(batch, a.n_kv_head, capacity, a.head_dim) for a in attentions], _storage(dtype, "KVCache")
         self.capacity = capacity
         self.keys = [np.empty(shape, dtype) for shape in shapes]
         self.values = [np.empty(shape, dtype) for shape in shapes]
@@ -50,8 +60,13 @@ class KVCache:
 
     def attend(self, layer, query, key, value, *, dropout_p=0.0, rng=None, **keywords):
         """Attend to all of `layer` so far and to `key` and `value` (B, Hkv, S, D), which are put behind it."""
-        return nf.scaled_dot_product_attention(query, *self.extend(layer, key, value), dropout_p=dropout_p, rng=rng,
-                                               **keywords)
+        if self.keys[layer].dtype == query.dtype:
+            return nf.scaled_dot_product_attention(query, *self.extend(layer, key, value), dropout_p=dropout_p, rng=rng,
+                                                   **keywords)
+        query, key, value = _arrays(query, key, value, dropout_p, rng)
+        keys, values = (x.swapaxes(1, 2) for x in self.extend(layer, key, value))       # a block for each sequence
+        batch, length = keys.shape[:2]
+        return nf.paged_attention(query, keys, values, np.arange(batch)[:, None], np.full(batch, length), **keywords)
 
     def extend(self, layer, key, value):
         """Put new keys and values behind those of `layer`; return all of them (views)."""
@@ -73,6 +88,13 @@ class KVCache:
         self.values = [x[rows] for x in self.values]
 
 
+def _to_bytes(x):
+    """(bytes, scales): x is near bytes * scales[..., None]."""
+    scales = np.abs(x).max(axis=-1) / np.float32(127)
+    some = np.where(scales > 0, scales, np.float32(1))
+    return np.rint(x / some[..., None]).astype(np.int8), scales
+
+
 class RollingKVCache:
     """The last keys and values of layers that look back a bounded window: memory O(window), however long the text.
 
@@ -82,7 +104,7 @@ class RollingKVCache:
         The layers; each must be causal and have a ``window_size`` that is bounded on the left.
     batch : int
     dtype : dtype
-        That of the model; a smaller one, such as float16, for a float32 model rounds what is kept.
+        As of :class:`KVCache`.
     piece : int
         Longer inputs are taken in pieces of so many positions: the ring of a layer holds its window and one piece.
 
@@ -96,6 +118,7 @@ class RollingKVCache:
 
     def __init__(self, attentions, batch, dtype=np.float32, *, piece=128):
         self.keys, self.values, self.batch, self.piece, self.length = [], [], batch, piece, 0
+        dtype = _storage(dtype, "RollingKVCache")
         for a in attentions:
             if not a.causal or a.window_size[0] < 0:
                 raise ValueError("RollingKVCache: each layer must be causal with a window bounded on the left, got "
@@ -144,7 +167,8 @@ class PagedKVCache:
     block_size : int
         Positions of a block.
     dtype : dtype
-        As of :class:`RollingKVCache`.
+        As of :class:`KVCache`; or int8, with a float32 scale for each head of each position, the largest of its numbers
+        over 127.
 
     Attributes
     ----------
@@ -160,8 +184,12 @@ class PagedKVCache:
         if not all(a.causal for a in attentions):
             raise ValueError("PagedKVCache: each layer must be causal")
         shapes = [(num_blocks, block_size, a.n_kv_head, a.head_dim) for a in attentions]
+        dtype = _storage(dtype, "PagedKVCache", bytes_too=True)
         self.keys = [np.zeros(shape, dtype) for shape in shapes]
         self.values = [np.zeros(shape, dtype) for shape in shapes]
+        self.key_scales = self.value_scales = None
+        if dtype == np.int8:
+            self.key_scales, self.value_scales = ([np.zeros(s[:3], np.float32) for s in shapes] for _ in range(2))
         self.block_size, self.rows = block_size, np.arange(batch)
         self.lengths = np.zeros(batch, np.int64)
         self.block_table = np.zeros((batch, num_blocks), np.int64)
@@ -193,7 +221,12 @@ class PagedKVCache:
         at = self.lengths[self.rows][:, None] + np.arange(query.shape[2])
         where = self.block_table[self.rows[:, None], at // self.block_size], at % self.block_size
         keys, values = self.keys[layer], self.values[layer]
-        keys[where], values[where] = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        if self.key_scales is not None:
+            scales = self.key_scales[layer], self.value_scales[layer]
+            (key, scales[0][where]), (value, scales[1][where]) = _to_bytes(key), _to_bytes(value)
+            keywords |= {"key_scale": scales[0], "value_scale": scales[1]}
+        keys[where], values[where] = key, value
         most = -(-int(new.max()) // self.block_size)
         return nf.paged_attention(query, keys, values, self.block_table[self.rows, :most], new, **keywords)
 
