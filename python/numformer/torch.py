@@ -272,8 +272,9 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     """
     from transformers import masking_utils
 
-    rule = _rule(mask_function, masking_utils)
-    if rule is None or torch.compiler.is_compiling() or kwargs.get("use_vmap"):
+    tracing = torch.compiler.is_compiling()         # a tensor's attributes would be lost
+    rule = None if tracing else _rule(mask_function, masking_utils)
+    if rule is None or kwargs.get("use_vmap"):
         return masking_utils.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function,
                                        attention_mask, **kwargs)
     causal, window = rule

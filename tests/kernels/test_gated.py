@@ -1,4 +1,6 @@
 """GeLU after a bias, SiLU, SwiGLU, GEGLU: values, gradients, strides, errors."""
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,19 @@ def test_the_gradient_of_the_bias_is_the_sum_over_rows_on_any_number_of_threads(
     np.testing.assert_allclose(dbias, dx.astype(float).sum(0), rtol=1e-5, atol=1e-5)
     threads(1)
     assert (gelu.bias_gelu_backward(dy, gelu.bias_gelu_forward(x, bias)[1])[1] == dbias).all()
+
+
+def test_broadcast_rows_are_read_in_place():
+    row, whole = normal(1024), normal(2048, 1024, seed=1)
+    broadcast = np.broadcast_to(row, whole.shape)
+    for _, op, _ in forms():
+        for pair in ((broadcast, whole), (whole, broadcast)):
+            tracemalloc.start()
+            y = op(*pair)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert whole.nbytes <= peak < 1.2 * whole.nbytes        # the result and no copy
+            assert (y == op(*(np.array(x) for x in pair))).all()
 
 
 def test_broadcast_gradients_and_read_only_inputs():

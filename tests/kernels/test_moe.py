@@ -337,3 +337,11 @@ def test_a_token_without_experts_has_no_weight_and_no_gradient():
 def test_router_z_loss_refuses_a_mask_that_does_not_fit():
     with pytest.raises(ValueError, match=r"token_mask must have shape \(3,\), got \(1,\)"):
         moe.router_z_loss(np.zeros((3, 2)), token_mask=np.array([True]))
+
+
+@pytest.mark.parametrize(("name", "count"), [
+    ("moe_route", 10), ("moe_route_backward", 10), ("moe_sort", 3), ("moe_dispatch", 2), ("moe_dispatch_backward", 2),
+    ("moe_combine", 3), ("moe_combine_backward", 4), ("moe_swiglu_backward", 4)])
+def test_none_in_place_of_an_array_is_a_type_error(name, count):
+    with pytest.raises(TypeError, match=r"must be|is required"):
+        getattr(nf._core, name)(*[None] * count)

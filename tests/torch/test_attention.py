@@ -163,6 +163,23 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")         # of torch about itself
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_function_breaks_its_graph_there_and_goes_on(backend):
+    def function(query, key, value, mask):
+        y = nft.scaled_dot_product_attention(query * 2, key, value, mask, is_causal=True)
+        return (y * 3).sum(-1)
+
+    leaves = [*tensors(SQUARE), *tensors(((9, 9),), seed=4)]
+    results = []
+    torch.compiler.reset()
+    for f in (function, torch.compile(function, backend=backend)):
+        y = f(*leaves)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for ours, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, ours)
+
+
 def test_a_float32_mask_serves_every_dtype():
     for dtype in (torch.float64, torch.float16):
         mask = torch.randn(9, 9, requires_grad=True)

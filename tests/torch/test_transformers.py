@@ -123,6 +123,22 @@ def test_a_padded_batch_trains_as_by_eager_and_no_mask_of_queries_times_keys_is_
     assert len(masks) == 2 and all(mask.shape == (3, 1, 1, 12) for mask in masks)
 
 
+@pytest.mark.filterwarnings("ignore")         # of torch about itself
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_compiled_model_gives_the_logits_and_gradients_of_the_plain_one(name):
+    tokens, padding = batch()
+    model, = models(name, "numformer")
+    torch.compiler.reset()
+    results = []
+    for f in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        logits = f(tokens, attention_mask=padding).logits[padding.bool()]
+        logits.square().sum().backward()
+        results.append([logits, *(p.grad.clone() for p in model.parameters())])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)
+
+
 def test_rules_of_other_kinds_get_the_mask_of_sdpa():
     from transformers import masking_utils
 
