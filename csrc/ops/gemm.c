@@ -13,7 +13,7 @@
 enum {
     ENOUGH_TASKS = 16,   /* so that two to four threads end at about one time */
     EVEN = 2,            /* blocks of rows come in pairs: two threads end together */
-    COLUMNS = 512,       /* an element of A is packed once for so many columns, */
+    COLUMNS = 1536,      /* an element of A is packed once for so many columns, */
     NARROW = 64,         /* or so many where A is little */
     PACK_COLUMNS = 64,   /* of a task that packs */
     FEW_BYTES = 1 << 17, /* of B to a task of few rows */
