@@ -86,7 +86,7 @@ _ROWS = [
          ppo_iterations=3, ppo_batch=32, ppo_minibatch=16, ppo_epochs=1, test_prompts=32, best_of=4,
          header_tokens=24, body_tokens=48, calibration=16, decode_tokens=64),
     Plan(6, vocab_size=4096, block_size=128, n_layer=4, n_head=4, n_embd=128, n_inner=384, n_expert=8,
-         train_bytes=16_000_000, batch=8, steps=600, warmup=50, lr=3e-3, evaluations=10, probe_windows=128,
+         train_bytes=16_000_000, batch=8, steps=800, warmup=50, lr=3e-3, evaluations=10, probe_windows=128,
          test_windows=1100, sft_steps=280, sft_batch=16, pairs=512, test_pairs=128, reward_steps=64,
          ppo_iterations=16, ppo_batch=64, ppo_minibatch=32, ppo_epochs=2, test_prompts=96, best_of=8,
          header_tokens=24, body_tokens=48, calibration=64, decode_tokens=100),
