@@ -20,7 +20,9 @@
 #undef _mm512_cvtepi8_epi32
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi8
+#undef _mm512_cvtepi32_epi16
 #define _mm512_cvtepi32_epi8(v)           nf_emulate_low_bytes((vi32)(v))
+#define _mm512_cvtepi32_epi16(v)          nf_emulate_low_shorts((vi32)(v))
 #define _mm512_cvtph_ps(a)                nf_emulate_half(a)
 #define _mm512_cvtps_ph(a, rounding)      nf_emulate_to_half(a)
 #define _mm512_cvtepu16_epi32(a)          nf_emulate_u16(a)
@@ -46,6 +48,16 @@ nf_emulate_low_bytes(vi32 v)
         low[i] = (uint8_t)v[i];
     }
     return _mm_loadu_si128((const __m128i *)low);
+}
+
+NF_INLINE __m256i
+nf_emulate_low_shorts(vi32 v)
+{
+    uint16_t low[16];
+    for (int i = 0; i < 16; i++) {
+        low[i] = (uint16_t)v[i];
+    }
+    return _mm256_loadu_si256((const __m256i *)low);
 }
 
 NF_INLINE __m512i

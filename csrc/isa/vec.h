@@ -60,6 +60,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        NF_OPAQUE(v)                                  from here on the compiler knows nothing
                                                      of the vector v
        nf_load_half(p)                               float16 numbers as floats
+       nf_split_halves(pairs, &low, &high)           the two float16 numbers of each lane as
+                                                     floats
        nf_store_half(p, v)                           floats as float16, ties to even
        nf_load_bfloat(p)                             bfloat16 numbers as floats
        nf_load_int8(p)                               signed bytes as floats

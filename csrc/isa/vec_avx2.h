@@ -135,6 +135,18 @@ nf_load_half(const uint16_t *p)
 }
 
 NF_INLINE void
+nf_split_halves(vi32 pairs, vf32 *low, vf32 *high)
+{
+    const __m256i apart =
+        _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5,
+                         8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    const __m256i x =
+        _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)pairs, apart), 0xd8);
+    *low = (vf32)_mm256_cvtph_ps(_mm256_castsi256_si128(x));
+    *high = (vf32)_mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+}
+
+NF_INLINE void
 nf_store_half(uint16_t *p, vf32 v)
 {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));

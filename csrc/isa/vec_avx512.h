@@ -152,6 +152,13 @@ nf_load_half(const uint16_t *p)
 }
 
 NF_INLINE void
+nf_split_halves(vi32 pairs, vf32 *low, vf32 *high)
+{
+    *low = (vf32)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)pairs));
+    *high = (vf32)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)(pairs >> 16)));
+}
+
+NF_INLINE void
 nf_store_half(uint16_t *p, vf32 v)
 {
     _mm256_storeu_si256((__m256i *)p,

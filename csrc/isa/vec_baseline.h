@@ -150,12 +150,24 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
 /* Their bits moved to float32's place, times 2^(127 - 15): exact, subnormal numbers too. The
    exponent of inf and NaN is all ones in both. */
 NF_INLINE vf32
-nf_load_half(const uint16_t *p)
+nf_widen_half(vu32 bits)
 {
-    const vu32 bits = {p[0], p[1], p[2], p[3]};
     const vf32 size = (vf32)((bits & 0x7fff) << 13) * 0x1p112f;
     const vu32 odd = (vu32)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
     return (vf32)((vu32)size | odd | (bits & 0x8000) << 16);
+}
+
+NF_INLINE vf32
+nf_load_half(const uint16_t *p)
+{
+    return nf_widen_half((vu32){p[0], p[1], p[2], p[3]});
+}
+
+NF_INLINE void
+nf_split_halves(vi32 pairs, vf32 *low, vf32 *high)
+{
+    *low = nf_widen_half((vu32)pairs & 0xffff);
+    *high = nf_widen_half((vu32)pairs >> 16);
 }
 
 /* Below 2^-14 the sum with 1/2 rounds to float16's last place, 2^-24. */
