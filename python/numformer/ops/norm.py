@@ -35,7 +35,8 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
 
     ``y = (x - mean) / sqrt(var + eps) * weight + bias``, with the variance about the mean in a second pass over the
     row. A row's result depends on that row alone; the sums over rows in the gradients of `weight` and `bias` have one
-    order whatever the threads.
+    order whatever the threads. Squares are summed in the dtype of `x`: where they overflow, from about 1e19 on in
+    float32, the row becomes 0.
 
     Parameters
     ----------
@@ -79,7 +80,8 @@ def rms_norm_backward(dy, saved):
 def rms_norm(x, weight, eps=1e-6):
     """Divide every row (the last axis) by its root mean square, then scale it.
 
-    ``y = x / sqrt(mean(x^2) + eps) * weight``. A row's result depends on that row alone.
+    ``y = x / sqrt(mean(x^2) + eps) * weight``. A row's result depends on that row alone. Squares are summed in the
+    dtype of `x`: where they overflow, from about 1e19 on in float32, the row becomes 0.
 
     Parameters
     ----------
