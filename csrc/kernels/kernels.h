@@ -246,10 +246,12 @@ typedef struct {
     ptrdiff_t (*decode_tasks)(const nf_attention *p);
     nf_attention_size *decode_scratch;
     nf_attention_task *decode;
-    /* three passes over one workspace. Tasks of the second, a block of keys of a KV head,
-       must start in ascending order: a later one waits for an earlier one. */
-    nf_attention_size *backward_workspace, *backward_scratch, *backward_rows;
-    nf_attention_task *backward_prepare, *backward_keys, *backward_finish;
+    /* backward_begin comes before the tasks, which must start in ascending order: a later one
+       waits for an earlier one. */
+    nf_attention_size *backward_workspace, *backward_scratch;
+    void (*backward_begin)(const nf_attention *p);
+    ptrdiff_t (*backward_tasks)(const nf_attention *p);
+    nf_attention_task *backward;
 } nf_attention_kernels;
 
 #define NF_KERNELS_attention(K) K(attention, const nf_attention_kernels)

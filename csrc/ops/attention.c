@@ -1,6 +1,6 @@
-/* The plans of attention. Forward: a task is a block of queries of a head. Backward: transposes
-   of every block of queries, then a task for each block of keys of each KV head, then dQ out of
-   its transpose. The bits do not depend on the cut. */
+/* The plans of attention. Forward: a task is a block of queries of a head. Backward: for each KV
+   head, tasks that prepare the blocks of queries, then one for each block of its keys. The bits
+   do not depend on the cut. */
 #include "ops/attention.h"
 
 #include "core/pool.h"
@@ -114,28 +114,14 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
     if (status != NF_OK) {
         return status;
     }
-    const ptrdiff_t q_blocks = count_q_blocks(&p, kernels->block_queries);
-    const ptrdiff_t k_blocks =
-        p.kv_heads
-        * (p.k_blocks ? p.k_blocks[p.batch]
-                      : p.batch * blocks_of(p.keys, kernels->block_keys));
-    const double elements =
-        (double)(q_blocks * kernels->block_queries * (p.dim + p.value_dim));
     p.workspace = nf_pool_allocate(kernels->backward_workspace(&p));
     if (p.workspace == NULL) {
         nf_pool_free(blocks);
         return NF_NO_MEMORY;
     }
-    status =
-        run(kernels->backward_prepare, &p, q_blocks, elements, kernels->backward_rows(&p));
-    if (status == NF_OK) {
-        status = run(kernels->backward_keys, &p, k_blocks, 2.5 * cycles(&p),
-                     kernels->backward_scratch(&p));
-    }
-    if (status == NF_OK) {
-        status = run(kernels->backward_finish, &p, q_blocks, elements,
-                     kernels->backward_rows(&p));
-    }
+    kernels->backward_begin(&p);
+    status = run(kernels->backward, &p, kernels->backward_tasks(&p), 2.5 * cycles(&p),
+                 kernels->backward_scratch(&p));
     nf_pool_free(p.workspace);
     nf_pool_free(blocks);
     return status;
