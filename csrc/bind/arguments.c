@@ -96,6 +96,40 @@ nf_needed(PyObject *object, int type, int ndim, const char *op, const char *name
 }
 
 PyArrayObject *
+nf_read(PyObject *object, int type, int ndim, const npy_intp *shape, const char *op,
+        const char *name)
+{
+    PyArrayObject *array = nf_needed(object, type, -1, op, name);
+    if (array == NULL || nf_check_shape(array, ndim, shape, op, name) < 0) {
+        return NULL;
+    }
+    return nf_contiguous(array);
+}
+
+int
+nf_read_optional(PyObject *object, int type, int ndim, const npy_intp *shape,
+                 const char *op, const char *name, PyArrayObject **to)
+{
+    *to = nf_given(object) ? nf_read(object, type, ndim, shape, op, name) : NULL;
+    return *to == NULL && nf_given(object) ? -1 : 0;
+}
+
+PyArrayObject *
+nf_saved(PyObject *object, int type, int ndim, const npy_intp *shape, const char *op,
+         const char *name)
+{
+    PyArrayObject *array = nf_needed(object, type, -1, op, name);
+    if (array == NULL || nf_check_shape(array, ndim, shape, op, name) < 0) {
+        return NULL;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s must be as the forward gave it", op, name);
+        return NULL;
+    }
+    return array;
+}
+
+PyArrayObject *
 nf_contiguous(PyArrayObject *array)
 {
     if (PyArray_IS_C_CONTIGUOUS(array)) {
@@ -218,6 +252,26 @@ nf_check_out(PyArrayObject *out, int ndim, const npy_intp *shape, int type,
         }
     }
     return 0;
+}
+
+PyArrayObject *
+nf_take_out(PyObject *object, int ndim, const npy_intp *shape, int type,
+            PyArrayObject *const *inputs, int count, const char *op)
+{
+    if (!nf_given(object)) {
+        return nf_new(ndim, shape, type);
+    }
+    PyArrayObject *out = nf_array(object, type, -1, op, "out");
+    if (out == NULL) {
+        return NULL;
+    }
+    for (int i = 0; i < count; i++) {
+        if (nf_check_out(out, ndim, shape, type, inputs[i], op) < 0) {
+            return NULL;
+        }
+    }
+    Py_INCREF(out);
+    return out;
 }
 
 int

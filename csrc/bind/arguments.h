@@ -32,6 +32,18 @@ nf_given(PyObject *object)
     return object != Py_None;
 }
 
+/* `object` as a C-contiguous array of this type and shape: a new reference, NULL with an error. */
+PyArrayObject *nf_read(PyObject *object, int type, int ndim, const npy_intp *shape,
+                       const char *op, const char *name);
+
+/* The same of an argument that may be left out, which leaves `to` NULL; -1 with an error. */
+int nf_read_optional(PyObject *object, int type, int ndim, const npy_intp *shape,
+                     const char *op, const char *name, PyArrayObject **to);
+
+/* What a forward gave for its backward: never copied, so a borrowed reference. */
+PyArrayObject *nf_saved(PyObject *object, int type, int ndim, const npy_intp *shape,
+                        const char *op, const char *name);
+
 /* A new reference: the array itself where it is C-contiguous (and aligned, native), else a
    contiguous copy from the pool. */
 PyArrayObject *nf_contiguous(PyArrayObject *array);
@@ -52,6 +64,11 @@ int nf_check_shape(PyArrayObject *array, int ndim, const npy_intp *shape, const 
    type, and sharing no memory with `other` (NULL: nothing). */
 int nf_check_out(PyArrayObject *out, int ndim, const npy_intp *shape, int type,
                  PyArrayObject *other, const char *op);
+
+/* The result of an op: `object`, which must share no memory with any of the inputs (some may be
+   NULL), or a new array where it is None. A new reference, NULL with an error. */
+PyArrayObject *nf_take_out(PyObject *object, int ndim, const npy_intp *shape, int type,
+                           PyArrayObject *const *inputs, int count, const char *op);
 
 /* -1 with MemoryError where the op had no memory. */
 int nf_check_status(nf_status status, const char *op);

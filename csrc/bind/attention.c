@@ -31,15 +31,8 @@ take_out(nf_attention_call *c, PyObject *object)
     if (!nf_given(object)) {
         return new_heads(shape, c->type, c->q);
     }
-    PyArrayObject *const out = nf_array(object, c->type, 4, OP, "out");
     PyArrayObject *const inputs[] = {c->q, c->k, c->v};
-    for (int i = 0; i < 3; i++) {
-        if (out == NULL || nf_check_out(out, 4, shape, c->type, inputs[i], OP) < 0) {
-            return NULL;
-        }
-    }
-    Py_INCREF(out);
-    return out;
+    return nf_take_out(object, 4, shape, c->type, inputs, 3, OP);
 }
 
 /* attention_forward(query, key, value, mask, scale, causal, features, out, want)

@@ -58,6 +58,27 @@ nf_heads_in(const nf_attention *p, PyArrayObject *array)
     return h;
 }
 
+/* Where things stand in the tuple of features. */
+enum {
+    LEFT,
+    RIGHT,
+    SOFTCAP,
+    SLOPES,
+    SINKS,
+    KV_LENGTHS,
+    DROPOUT,
+    DROPOUT_KEY,
+    Q_STARTS,
+    K_STARTS,
+    BLOCK_TABLE,
+    K_SCALES,
+    V_SCALES,
+    FEATURES
+};
+
+/* The batch: its sequences may be packed, keys and values in blocks. -1 with an error. */
+int nf_attention_sequences(nf_attention_call *c, PyObject *const *features);
+
 /* args: query, key, value (B, heads, S, D), mask, scale (None: 1/sqrt(D)), the sum of CAUSAL
    and TOP_LEFT, features: None, or the tuple (left, right, softcap, alibi_slopes, sinks,
    kv_lengths, dropout_p, key, cu_seqlens_q, cu_seqlens_k, block_table, key_scale,

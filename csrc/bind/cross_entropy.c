@@ -11,21 +11,18 @@ typedef struct {
 static int
 loss_rows_of(PyObject *logits, PyObject *targets, const char *op, loss_rows *r)
 {
-    PyArrayObject *given = nf_needed(logits, NPY_NOTYPE, -1, op, "logits");
-    if (given == NULL) {
-        return -1;
-    }
-    r->logits = nf_rows_of(given, op, "logits");
+    r->logits = nf_read_rows(logits, op, "logits");
     if (r->logits.array == NULL) {
         return -1;
     }
     if (targets == NULL) {
         return 0;
     }
+    PyArrayObject *array = r->logits.array;
     r->targets = nf_integers_of(targets, op, "targets");
     return r->targets == NULL ? -1
-                              : nf_check_shape(r->targets, PyArray_NDIM(given) - 1,
-                                               PyArray_DIMS(given), op, "targets");
+                              : nf_check_shape(r->targets, PyArray_NDIM(array) - 1,
+                                               PyArray_DIMS(array), op, "targets");
 }
 
 static void
@@ -120,20 +117,13 @@ fail:
     return result;
 }
 
-/* A gradient for each row, or one for all (0-d): a new reference and its step. */
+/* A number for each row of the logits, or one for all (0-d): a new reference. */
 static PyArrayObject *
-row_gradient(PyObject *object, PyArrayObject *logits, int single, const char *op,
-             ptrdiff_t *step)
+of_rows(PyObject *object, PyArrayObject *logits, int single, const char *op,
+        const char *name)
 {
-    PyArrayObject *dy = nf_needed(object, PyArray_TYPE(logits), -1, op, "dy");
-    if (dy == NULL
-        || nf_check_shape(dy, single ? 0 : PyArray_NDIM(logits) - 1, PyArray_DIMS(logits),
-                          op, "dy")
-               < 0) {
-        return NULL;
-    }
-    *step = !single;
-    return nf_contiguous(dy);
+    return nf_read(object, PyArray_TYPE(logits), single ? 0 : PyArray_NDIM(logits) - 1,
+                   PyArray_DIMS(logits), op, name);
 }
 
 /* (dy, logits, targets, lse, ignore_index, smoothing, z_loss, scale, sign, dy_scale, single)
@@ -149,12 +139,8 @@ cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count
         goto fail;
     }
     const int type = PyArray_TYPE(r.logits.array);
-    PyArrayObject *lse = nf_needed(args[3], type, -1, op, "lse");
-    if (lse == NULL || nf_check_shape(lse, 1, &r.logits.rows, op, "lse") < 0) {
-        goto fail;
-    }
-    if (!PyArray_IS_C_CONTIGUOUS(lse)) {
-        PyErr_Format(PyExc_ValueError, "%s: lse must be as the forward gave it", op);
+    PyArrayObject *lse = nf_saved(args[3], type, 1, &r.logits.rows, op, "lse");
+    if (lse == NULL) {
         goto fail;
     }
     const int64_t ignore = PyLong_AsLongLong(args[4]);
@@ -166,12 +152,8 @@ cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count
         || nf_check_ids(r.targets, r.logits.n, ignore, op, "targets") < 0) {
         goto fail;
     }
-    ptrdiff_t dy_step = 0;
-    dy = row_gradient(args[0], r.logits.array, single, op, &dy_step);
-    if (dy == NULL) {
-        goto fail;
-    }
-    dlogits = nf_new_like(r.logits.array);
+    dy = of_rows(args[0], r.logits.array, single, op, "dy");
+    dlogits = dy == NULL ? NULL : nf_new_like(r.logits.array);
     if (dlogits == NULL) {
         goto fail;
     }
@@ -182,7 +164,7 @@ cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count
                                 .dlogits = PyArray_DATA(dlogits),
                                 .dy_scale = dy_scale,
                                 .logits_step = r.logits.step,
-                                .dy_step = dy_step,
+                                .dy_step = !single,
                                 .ignore_index = ignore,
                                 .scale = scale,
                                 .smoothing = smoothing,
@@ -254,20 +236,13 @@ softmax_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t cou
         goto fail;
     }
     const int type = PyArray_TYPE(r.logits.array);
-    ptrdiff_t dy_step = 0, entropy_step = 0;
-    PyArrayObject *lse = nf_needed(args[3], type, -1, op, "lse");
+    PyArrayObject *lse = nf_saved(args[3], type, 1, &r.logits.rows, op, "lse");
     const double scale = number(args[4]);
-    if (lse == NULL || PyErr_Occurred()
-        || nf_check_shape(lse, 1, &r.logits.rows, op, "lse") < 0) {
+    if (PyErr_Occurred()) {
         goto fail;
     }
-    if (!PyArray_IS_C_CONTIGUOUS(lse)) {
-        PyErr_Format(PyExc_ValueError, "%s: lse must be as the forward gave it", op);
-        goto fail;
-    }
-    dy = row_gradient(args[0], r.logits.array, 0, op, &dy_step);
-    entropy =
-        dy == NULL ? NULL : row_gradient(args[2], r.logits.array, 0, op, &entropy_step);
+    dy = of_rows(args[0], r.logits.array, 0, op, "dy");
+    entropy = dy == NULL ? NULL : of_rows(args[2], r.logits.array, 0, op, "entropy");
     dlogits = entropy == NULL ? NULL : nf_new_like(r.logits.array);
     if (dlogits == NULL) {
         goto fail;
@@ -278,7 +253,7 @@ softmax_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t cou
                           .dy = PyArray_DATA(dy),
                           .dlogits = PyArray_DATA(dlogits),
                           .logits_step = r.logits.step,
-                          .dy_step = dy_step,
+                          .dy_step = 1,
                           .scale = scale,
                           .n = (size_t)r.logits.n};
     if (nf_run_rows(PICK(softmax_entropy_backward, type), &a, r.logits.rows,

@@ -70,24 +70,24 @@ embedding_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (rows == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    PyArrayObject *given = nf_needed(args[0], NPY_NOTYPE, -1, op, "dy");
-    ids = given == NULL ? NULL : nf_integers_of(args[1], op, "ids");
+    dy = nf_read_rows(args[0], op, "dy");
+    ids = dy.array == NULL ? NULL : nf_integers_of(args[1], op, "ids");
     if (ids == NULL) {
         goto fail;
     }
-    if (PyArray_NDIM(given) != PyArray_NDIM(ids) + 1
-        || !PyArray_CompareLists(PyArray_DIMS(given), PyArray_DIMS(ids),
+    if (PyArray_NDIM(dy.array) != PyArray_NDIM(ids) + 1
+        || !PyArray_CompareLists(PyArray_DIMS(dy.array), PyArray_DIMS(ids),
                                  PyArray_NDIM(ids))) {
         PyErr_Format(PyExc_ValueError,
                      "%s: dy must have the shape of ids and one axis more", op);
         goto fail;
     }
-    dy = nf_rows_of(given, op, "dy");
-    if (dy.array == NULL || nf_check_ids(ids, rows, 0, op, "ids") < 0) {
+    if (nf_check_ids(ids, rows, 0, op, "ids") < 0) {
         goto fail;
     }
     const npy_intp shape[2] = {rows, dy.n};
-    dweight = nf_new(2, shape, PyArray_TYPE(given));
+    const int type = PyArray_TYPE(dy.array);
+    dweight = nf_new(2, shape, type);
     if (dweight == NULL) {
         goto fail;
     }
@@ -95,8 +95,8 @@ embedding_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
                                dy.step, (size_t)dy.n};
     nf_status status;
     Py_BEGIN_ALLOW_THREADS;
-    status = nf_embedding_sums(PICK(embedding_backward, PyArray_TYPE(given)), &a,
-                               PyArray_DATA(ids), (size_t)dy.rows, (size_t)rows);
+    status = nf_embedding_sums(PICK(embedding_backward, type), &a, PyArray_DATA(ids),
+                               (size_t)dy.rows, (size_t)rows);
     Py_END_ALLOW_THREADS;
     if (nf_check_status(status, op) < 0) {
         Py_CLEAR(dweight);

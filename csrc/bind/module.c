@@ -83,10 +83,11 @@ exec_module(PyObject *module)
         return -1;
     }
     int (*const add[])(PyObject *) = {
-        nf_add_memory,    nf_add_ufuncs,        nf_add_gated,     nf_add_norm,
-        nf_add_softmax,   nf_add_cross_entropy, nf_add_embedding, nf_add_rotary,
-        nf_add_gemm,      nf_add_attention,     nf_add_quant,     nf_add_moe,
-        nf_add_optimizer, nf_add_random,        nf_add_roof,
+        nf_add_memory, nf_add_ufuncs,  nf_add_gated,         nf_add_bias_gelu,
+        nf_add_norm,   nf_add_softmax, nf_add_cross_entropy, nf_add_embedding,
+        nf_add_rotary, nf_add_gemm,    nf_add_grouped,       nf_add_attention,
+        nf_add_quant,  nf_add_moe,     nf_add_moe_route,     nf_add_optimizer,
+        nf_add_random, nf_add_roof,
     };
     for (size_t i = 0; i < sizeof add / sizeof *add; i++) {
         if (add[i](module) < 0) {

@@ -2,17 +2,6 @@
 #include "bind/families.h"
 #include "bind/rows.h"
 
-/* A vector of n elements, contiguous: a new reference. */
-static PyArrayObject *
-vector_of(PyObject *object, int type, npy_intp n, const char *op, const char *name)
-{
-    PyArrayObject *array = nf_needed(object, type, -1, op, name);
-    if (array == NULL || nf_check_shape(array, 1, &n, op, name) < 0) {
-        return NULL;
-    }
-    return nf_contiguous(array);
-}
-
 /* (x, weight, bias or None, eps, residual or None) -> (y, stats) or (y, sum, stats) */
 static PyObject *
 norm(PyObject *const *args, Py_ssize_t count, int centered, const char *op)
@@ -23,38 +12,28 @@ norm(PyObject *const *args, Py_ssize_t count, int centered, const char *op)
     if (nf_check_count(op, count, 5) < 0) {
         return NULL;
     }
-    PyArrayObject *given = nf_needed(args[0], NPY_NOTYPE, -1, op, "x");
-    if (given == NULL) {
-        return NULL;
-    }
-    const int type = PyArray_TYPE(given), ndim = PyArray_NDIM(given);
     const double eps = PyFloat_AsDouble(args[3]);
     if (eps == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    x = nf_rows_of(given, op, "x");
+    x = nf_read_rows(args[0], op, "x");
     if (x.array == NULL) {
         goto fail;
     }
-    weight = vector_of(args[1], type, x.n, op, "weight");
-    if (weight == NULL) {
+    const int type = PyArray_TYPE(x.array);
+    weight = nf_read(args[1], type, 1, &x.n, op, "weight");
+    if (weight == NULL || nf_read_optional(args[2], type, 1, &x.n, op, "bias", &bias) < 0) {
         goto fail;
     }
-    if (nf_given(args[2])) {
-        bias = vector_of(args[2], type, x.n, op, "bias");
-        if (bias == NULL) {
-            goto fail;
-        }
-    }
     if (nf_given(args[4])) {
-        residual = nf_rows_like(args[4], given, op, "residual");
-        sum = residual.array == NULL ? NULL : nf_new(ndim, PyArray_DIMS(given), type);
+        residual = nf_rows_like(args[4], x.array, op, "residual");
+        sum = residual.array == NULL ? NULL : nf_new_like(x.array);
         if (sum == NULL) {
             goto fail;
         }
     }
     const npy_intp stats_shape[2] = {x.rows, 2};
-    y = nf_new(ndim, PyArray_DIMS(given), type);
+    y = nf_new_like(x.array);
     stats = nf_new(centered ? 2 : 1, stats_shape, type);
     if (y == NULL || stats == NULL) {
         goto fail;
@@ -98,41 +77,33 @@ norm_backward(PyObject *const *args, Py_ssize_t count, int centered, const char 
     if (nf_check_count(op, count, 5) < 0) {
         return NULL;
     }
-    PyArrayObject *given = nf_needed(args[1], NPY_NOTYPE, -1, op, "x");
-    if (given == NULL) {
-        return NULL;
-    }
-    const int type = PyArray_TYPE(given);
-    PyArrayObject *stats = nf_needed(args[3], type, -1, op, "stats");
-    if (stats == NULL) {
-        return NULL;
-    }
-    x = nf_rows_of(given, op, "x");
+    x = nf_read_rows(args[1], op, "x");
     if (x.array == NULL) {
         goto fail;
     }
+    const int type = PyArray_TYPE(x.array);
     const npy_intp stats_shape[2] = {x.rows, 2};
     const npy_intp sums_shape[2] = {centered ? 2 : 1, x.n};
-    if (nf_check_shape(stats, centered ? 2 : 1, stats_shape, op, "stats") < 0
-        || !PyArray_IS_C_CONTIGUOUS(stats)) {
-        if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_ValueError, "%s: stats must be as the forward gave them",
-                         op);
-        }
+    PyArrayObject *stats =
+        nf_saved(args[3], type, centered ? 2 : 1, stats_shape, op, "stats");
+    if (stats == NULL) {
         goto fail;
     }
-    dy = nf_rows_like(args[0], given, op, "dy");
-    weight = vector_of(args[2], type, x.n, op, "weight");
-    if (dy.array == NULL || weight == NULL) {
+    dy = nf_rows_like(args[0], x.array, op, "dy");
+    if (dy.array == NULL) {
+        goto fail;
+    }
+    weight = nf_read(args[2], type, 1, &x.n, op, "weight");
+    if (weight == NULL) {
         goto fail;
     }
     if (nf_given(args[4])) {
-        dsum = nf_rows_like(args[4], given, op, "dsum");
+        dsum = nf_rows_like(args[4], x.array, op, "dsum");
         if (dsum.array == NULL) {
             goto fail;
         }
     }
-    dx = nf_new_like(given);
+    dx = nf_new_like(x.array);
     sums = nf_new(2, sums_shape, type);
     if (dx == NULL || sums == NULL) {
         goto fail;
@@ -152,7 +123,7 @@ norm_backward(PyObject *const *args, Py_ssize_t count, int centered, const char 
     status = nf_norm_sums(centered ? PICK(layer_norm_backward, type)
                                    : PICK(rms_norm_backward, type),
                           PICK(column_sums, type), &a, (size_t)x.rows, centered ? 2 : 1,
-                          (size_t)PyArray_ITEMSIZE(given), PyArray_DATA(sums));
+                          (size_t)PyArray_ITEMSIZE(x.array), PyArray_DATA(sums));
     Py_END_ALLOW_THREADS;
     if (nf_check_status(status, op) < 0) {
         goto fail;

@@ -20,12 +20,12 @@ quant_pack(PyObject *module, PyObject *const *args, Py_ssize_t count)
     static const char op[] = "quant_pack";
     PyArrayObject *data = NULL, *scales = NULL, *zeros = NULL;
     if (nf_check_count(op, count, 6) < 0
-        || (data = nf_array(args[0], NPY_UBYTE, 2, op, "data")) == NULL) {
+        || (data = nf_needed(args[0], NPY_UBYTE, 2, op, "data")) == NULL) {
         return NULL;
     }
     const int half =
         PyArray_Check(args[1]) && PyArray_TYPE((PyArrayObject *)args[1]) == NPY_HALF;
-    scales = nf_array(args[1], half ? NPY_HALF : NPY_FLOAT, 2, op, "scales");
+    scales = nf_needed(args[1], half ? NPY_HALF : NPY_FLOAT, 2, op, "scales");
     const Py_ssize_t bits = PyLong_AsSsize_t(args[3]), k = PyLong_AsSsize_t(args[4]);
     const Py_ssize_t group = PyLong_AsSsize_t(args[5]);
     if (scales == NULL || PyErr_Occurred()) {
@@ -106,7 +106,7 @@ quant_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyArrayObject *x = NULL, *bias = NULL, *out = NULL;
     nf_elementwise_kernel *activation;
     if (nf_check_count(op, count, 6) < 0
-        || (x = nf_array(args[0], NPY_FLOAT, -1, op, "x")) == NULL) {
+        || (x = nf_needed(args[0], NPY_FLOAT, -1, op, "x")) == NULL) {
         return NULL;
     }
     const nf_quant_weights *const w = PyCapsule_GetPointer(args[1], capsule_name);
@@ -135,29 +135,11 @@ quant_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if ((x = nf_contiguous(x)) == NULL) {
         return NULL;
     }
-    if (nf_given(args[2])) {
-        bias = nf_array(args[2], NPY_FLOAT, 1, op, "bias");
-        if (bias == NULL || nf_check_shape(bias, 1, shape + ndim - 1, op, "bias") < 0) {
-            bias = NULL;
-            goto fail;
-        }
-        if ((bias = nf_contiguous(bias)) == NULL) {
-            goto fail;
-        }
+    if (nf_read_optional(args[2], NPY_FLOAT, 1, shape + ndim - 1, op, "bias", &bias) < 0) {
+        goto fail;
     }
-    if (nf_given(args[5])) {
-        if (!PyArray_Check(args[5])) {
-            PyErr_Format(PyExc_TypeError, "%s: out must be an array, got %s", op,
-                         Py_TYPE(args[5])->tp_name);
-            goto fail;
-        }
-        if (nf_check_out((PyArrayObject *)args[5], ndim, shape, NPY_FLOAT, x, op) < 0) {
-            goto fail;
-        }
-        out = (PyArrayObject *)args[5];
-        Py_INCREF(out);
-    }
-    else if ((out = nf_new(ndim, shape, NPY_FLOAT)) == NULL) {
+    PyArrayObject *const inputs[] = {x, bias};
+    if ((out = nf_take_out(args[5], ndim, shape, NPY_FLOAT, inputs, 2, op)) == NULL) {
         goto fail;
     }
     nf_status status;
@@ -182,8 +164,8 @@ int8_matmul(PyObject *module, PyObject *const *args, Py_ssize_t count)
     static const char op[] = "int8_matmul";
     PyArrayObject *a = NULL, *b = NULL, *out = NULL;
     if (nf_check_count(op, count, 2) < 0
-        || (a = nf_array(args[0], NPY_BYTE, 2, op, "a")) == NULL
-        || (b = nf_array(args[1], NPY_BYTE, 2, op, "b")) == NULL) {
+        || (a = nf_needed(args[0], NPY_BYTE, 2, op, "a")) == NULL
+        || (b = nf_needed(args[1], NPY_BYTE, 2, op, "b")) == NULL) {
         return NULL;
     }
     const npy_intp m = PyArray_DIM(a, 0), k = PyArray_DIM(a, 1), n = PyArray_DIM(b, 0);

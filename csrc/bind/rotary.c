@@ -99,17 +99,9 @@ rotary(PyObject *module, PyObject *const *args, Py_ssize_t count)
         out = given;
         Py_INCREF(out);
     }
-    else if (nf_given(args[6])) {
-        out = nf_array(args[6], type, -1, op, "out");
-        Py_XINCREF(out);
-        if (out == NULL || nf_check_out(out, ndim, PyArray_DIMS(x), type, given, op) < 0
-            || nf_check_out(out, ndim, PyArray_DIMS(x), type, c, op) < 0
-            || nf_check_out(out, ndim, PyArray_DIMS(x), type, s, op) < 0) {
-            Py_CLEAR(out);
-        }
-    }
     else {
-        out = nf_new(ndim, PyArray_DIMS(x), type);
+        PyArrayObject *const inputs[] = {given, c, s};
+        out = nf_take_out(args[6], ndim, PyArray_DIMS(x), type, inputs, 3, op);
     }
     if (out == NULL) {
         goto fail;

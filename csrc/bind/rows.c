@@ -56,13 +56,19 @@ nf_rows_of(PyArrayObject *array, const char *op, const char *name)
 }
 
 nf_row_view
+nf_read_rows(PyObject *object, const char *op, const char *name)
+{
+    PyArrayObject *array = nf_needed(object, NPY_NOTYPE, -1, op, name);
+    return array == NULL ? (nf_row_view){0} : nf_rows_of(array, op, name);
+}
+
+nf_row_view
 nf_rows_like(PyObject *object, PyArrayObject *like, const char *op, const char *name)
 {
-    const nf_row_view none = {NULL, NULL, 0, 0, 0};
     PyArrayObject *array = nf_needed(object, PyArray_TYPE(like), -1, op, name);
     if (array == NULL
         || nf_check_shape(array, PyArray_NDIM(like), PyArray_DIMS(like), op, name) < 0) {
-        return none;
+        return (nf_row_view){0};
     }
     return nf_rows_of(array, op, name);
 }

@@ -22,6 +22,9 @@ typedef struct {
 
 nf_row_view nf_rows_of(PyArrayObject *array, const char *op, const char *name);
 
+/* `object`, float32 or float64, as rows; the array has its shape and type. */
+nf_row_view nf_read_rows(PyObject *object, const char *op, const char *name);
+
 /* `object` as rows of the shape of `like`. */
 nf_row_view nf_rows_like(PyObject *object, PyArrayObject *like, const char *op,
                          const char *name);

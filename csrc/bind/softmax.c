@@ -12,29 +12,24 @@ softmax_rows(PyObject *const *args, Py_ssize_t count, int backward,
     if (nf_check_count(op, count, backward ? 2 : 1) < 0) {
         return NULL;
     }
-    PyArrayObject *given =
-        nf_needed(args[backward], NPY_NOTYPE, -1, op, backward ? "y" : "x");
-    if (given == NULL) {
-        return NULL;
-    }
-    x = nf_rows_of(given, op, backward ? "y" : "x");
+    x = nf_read_rows(args[backward], op, backward ? "y" : "x");
     if (x.array == NULL) {
         goto fail;
     }
     if (backward) {
-        dy = nf_rows_like(args[0], given, op, "dy");
+        dy = nf_rows_like(args[0], x.array, op, "dy");
         if (dy.array == NULL) {
             goto fail;
         }
     }
-    out = nf_new_like(given);
+    out = nf_new_like(x.array);
     if (out == NULL) {
         goto fail;
     }
     const nf_softmax a = {x.data, dy.data, PyArray_DATA(out), x.step, dy.step, (size_t)x.n};
     if (x.n > 0
-        && nf_run_rows(kernel[PyArray_TYPE(given) == NPY_DOUBLE], &a, x.rows,
-                       2 * (double)x.n, op)
+        && nf_run_rows(kernel[PyArray_TYPE(out) == NPY_DOUBLE], &a, x.rows, 2 * (double)x.n,
+                       op)
                < 0) {
         Py_CLEAR(out);
     }
