@@ -21,71 +21,29 @@
 #undef _mm512_cvtepi32_ps
 #undef _mm512_cvtepi32_epi8
 #undef _mm512_cvtepi32_epi16
-#define _mm512_cvtepi32_epi8(v)           nf_emulate_low_bytes((vi32)(v))
-#define _mm512_cvtepi32_epi16(v)          nf_emulate_low_shorts((vi32)(v))
-#define _mm512_cvtph_ps(a)                nf_emulate_half(a)
-#define _mm512_cvtps_ph(a, rounding)      nf_emulate_to_half(a)
-#define _mm512_cvtepu16_epi32(a)          nf_emulate_u16(a)
-#define _mm512_cvtepi8_epi32(a)           nf_emulate_s8(a)
-#define _mm512_cvtepi32_ps(a)             nf_emulate_to_float(a)
-#define _mm512_madd_epi16(a, b)           simde_mm512_madd_epi16(a, b) /* misspelt there */
-#define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
-#define _mm512_fmadd_pd(a, b, c)          nf_emulate_fma_f64(a, b, c)
-#define _mm512_fmsub_ps(a, b, c)          nf_emulate_fma_f32(a, b, -(c))
-#define _mm512_fmsub_pd(a, b, c)          nf_emulate_fma_f64(a, b, -(c))
-#define _mm512_scalef_ps(v, n)            nf_emulate_scale_f32(v, n)
-#define _mm512_scalef_pd(v, n)            nf_emulate_scale_f64(v, n)
+#define _mm512_cvtepi32_epi8(v)  ((__m128i) __builtin_convertvector((vi32)(v), nf_bytes))
+#define _mm512_cvtepi32_epi16(v) ((__m256i) __builtin_convertvector((vi32)(v), nf_shorts))
+#define _mm512_cvtph_ps(a)       nf_emulate_half(a)
+#define _mm512_cvtps_ph(a, rounding) nf_emulate_to_half(a)
+#define _mm512_cvtepu16_epi32(a)                                                           \
+    ((__m512i) __builtin_convertvector((nf_unsigned_shorts)(a), vi32))
+#define _mm512_cvtepi8_epi32(a)  ((__m512i) __builtin_convertvector((nf_bytes)(a), vi32))
+#define _mm512_cvtepi32_ps(a)    ((__m512) __builtin_convertvector((vi32)(a), vf32))
+#define _mm512_madd_epi16(a, b)  simde_mm512_madd_epi16(a, b) /* misspelt there */
+#define _mm512_fmadd_ps(a, b, c) nf_emulate_fma_f32(a, b, c)
+#define _mm512_fmadd_pd(a, b, c) nf_emulate_fma_f64(a, b, c)
+#define _mm512_fmsub_ps(a, b, c) nf_emulate_fma_f32(a, b, -(c))
+#define _mm512_fmsub_pd(a, b, c) nf_emulate_fma_f64(a, b, -(c))
+#define _mm512_scalef_ps(v, n)   nf_emulate_scale_f32(v, n)
+#define _mm512_scalef_pd(v, n)   nf_emulate_scale_f64(v, n)
 #define _mm512_maskz_loadu_ps(mask, p)    ((__m512)nf_emulate_load(p, 4, mask))
 #define _mm512_maskz_loadu_pd(mask, p)    ((__m512d)nf_emulate_load(p, 8, mask))
 #define _mm512_mask_storeu_ps(p, mask, v) nf_emulate_store(p, 4, mask, (vi32)(v))
 #define _mm512_mask_storeu_pd(p, mask, v) nf_emulate_store(p, 8, mask, (vi32)(v))
 
-NF_INLINE __m128i
-nf_emulate_low_bytes(vi32 v)
-{
-    uint8_t low[16];
-    for (int i = 0; i < 16; i++) {
-        low[i] = (uint8_t)v[i];
-    }
-    return _mm_loadu_si128((const __m128i *)low);
-}
-
-NF_INLINE __m256i
-nf_emulate_low_shorts(vi32 v)
-{
-    uint16_t low[16];
-    for (int i = 0; i < 16; i++) {
-        low[i] = (uint16_t)v[i];
-    }
-    return _mm256_loadu_si256((const __m256i *)low);
-}
-
-NF_INLINE __m512i
-nf_emulate_u16(__m256i a)
-{
-    union {
-        __m256i half[2];
-        __m512i whole;
-    } v = {{_mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)),
-            _mm256_cvtepu16_epi32(_mm256_extracti128_si256(a, 1))}};
-    return v.whole;
-}
-
-NF_INLINE __m512i
-nf_emulate_s8(__m128i a)
-{
-    union {
-        __m256i half[2];
-        __m512i whole;
-    } v = {{_mm256_cvtepi8_epi32(a), _mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))}};
-    return v.whole;
-}
-
-NF_INLINE __m512
-nf_emulate_to_float(__m512i a)
-{
-    return (__m512) __builtin_convertvector((vi32)a, vf32);
-}
+typedef int8_t nf_bytes __attribute__((vector_size(16)));
+typedef int16_t nf_shorts __attribute__((vector_size(32)));
+typedef uint16_t nf_unsigned_shorts __attribute__((vector_size(32)));
 
 NF_INLINE __m512
 nf_emulate_half(__m256i a)

@@ -273,6 +273,17 @@ nf_moe_combine(const nf_moe_routing *routing, size_t itemsize, const void *y,
                        routing->top_k * (sizeof(void *) + itemsize), combine_tokens);
 }
 
+/* The row of slot i; -1 of one that was dropped, whose weight has no gradient. */
+static int64_t
+row_of_slot(const moe_work *w, size_t i)
+{
+    const int64_t row = w->routing->row[i];
+    if (row < 0) {
+        memset(w->out_weight + i * w->itemsize, 0, w->itemsize);
+    }
+    return row;
+}
+
 static void
 combine_backward_tokens(size_t index, void *pointer, void *scratch)
 {
@@ -285,13 +296,12 @@ combine_backward_tokens(size_t index, void *pointer, void *scratch)
     {
         for (size_t j = 0; j < k; j++) {
             const size_t i = t * k + j;
-            const int64_t row = w->routing->row[i];
-            if (row < 0) {
-                memset(w->out_weight + i * size, 0, size);
-                continue;
+            const int64_t row = row_of_slot(w, i);
+            if (row >= 0) {
+                const size_t at = (size_t)row * bytes;
+                kernel(w->in + t * bytes, w->other + at, w->weight + i * size, w->out + at,
+                       w->out_weight + i * size, w->width);
             }
-            kernel(w->in + t * bytes, w->other + (size_t)row * bytes, w->weight + i * size,
-                   w->out + (size_t)row * bytes, w->out_weight + i * size, w->width);
         }
     }
 }
@@ -332,14 +342,12 @@ swiglu_backward_tokens(size_t index, void *pointer, void *scratch)
     {
         for (size_t j = 0; j < k; j++) {
             const size_t i = t * k + j;
-            const int64_t row = w->routing->row[i];
-            if (row < 0) {
-                memset(w->out_weight + i * size, 0, size);
-                continue;
+            const int64_t row = row_of_slot(w, i);
+            if (row >= 0) {
+                const size_t at = (size_t)row * bytes;
+                kernel(w->in + 2 * at, w->other + at, w->weight + i * size, s->acted + at,
+                       s->dhidden + 2 * at, w->out_weight + i * size, w->width);
             }
-            const size_t at = (size_t)row * bytes;
-            kernel(w->in + 2 * at, w->other + at, w->weight + i * size, s->acted + at,
-                   s->dhidden + 2 * at, w->out_weight + i * size, w->width);
         }
     }
 }
