@@ -9,7 +9,7 @@ TOKENS = batches()[0][0]
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": True, "norm": "layer", "position": "learned"}, {"n_expert": 4},
-                                     {"dtype": "float64"}])
+                                     {"dtype": "float64"}, {"position": "alibi"}])
 def test_a_pruned_model_is_the_full_one_with_those_heads_silent(options):
     model = gpt(**options)
     if options.get("bias"):
@@ -31,6 +31,22 @@ def test_groups_of_heads_go_whole():
     np.testing.assert_allclose(small.as_arrays()(TOKENS), silenced(model, {1: [2, 3], 2: [0, 1]})(TOKENS), atol=1e-6)
     with pytest.raises(ValueError, match=r"2 heads share keys and values.* in layer 1 take out \[3\] too"):
         compress.prune_heads(model, {1: [2]})
+
+
+def test_with_alibi_each_head_keeps_its_slope_through_pruning_twice_saving_and_loading(tmp_path):
+    pytest.importorskip("safetensors")
+    model = gpt(position="alibi", n_head=8, n_kv_head=4)
+    small = compress.prune_heads(model, {0: [2, 3], 2: [0, 1, 6, 7]})
+    assert small.config.alibi_heads == [[0, 1, 4, 5, 6, 7], list(range(8)), [2, 3, 4, 5]]
+    compress.prune_layers(compress.prune_heads(small, {0: [2, 3]}), [1]).save_pretrained(tmp_path)
+    again = nf.models.load(tmp_path)
+    assert again.config.alibi_heads == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    twin = silenced(model, {0: [2, 3, 4, 5], 2: [0, 1, 6, 7]})
+    twin.blocks = [twin.blocks[0], twin.blocks[2]]
+    np.testing.assert_allclose(again.as_arrays()(TOKENS), twin(TOKENS), atol=1e-6)
+    row = again.generate([1, 2, 3], 8, temperature=0)
+    for length in range(3, 11):
+        assert row[length] == again.as_arrays()(np.array([row[:length]]))[0, -1].argmax()
 
 
 def test_a_fraction_takes_the_least_important_of_all_layers_but_never_the_last_of_one():

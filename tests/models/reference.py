@@ -25,7 +25,7 @@ def logits(torch, model, tokens):
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-    def attention(x, name, n_head, n_kv_head):
+    def attention(x, name, n_head, n_kv_head, slopes):
         batch, length, width = *x.shape[:2], c.n_embd // c.n_head
         q, k, v = linear(x, name + ".qkv").split([n_head * width, n_kv_head * width, n_kv_head * width], -1)
         q, k, v = (t.reshape(batch, length, -1, width).transpose(1, 2) for t in (q, k, v))
@@ -34,8 +34,7 @@ def logits(torch, model, tokens):
         k, v = (t.repeat_interleave(n_head // n_kv_head, 1) for t in (k, v))
         score = q @ k.transpose(-1, -2) / math.sqrt(width)
         distance = torch.arange(length)[:, None] - torch.arange(length)
-        if c.position == "alibi":       # a power of two of heads
-            slopes = 2.0 ** (-8 * torch.arange(1, n_head + 1, dtype=x.dtype) / n_head)
+        if c.position == "alibi":
             score = score - slopes[:, None, None] * distance
         hidden = (distance < 0) | (distance >= (c.window or length))
         score = score.masked_fill(hidden, -math.inf)
@@ -70,6 +69,8 @@ def logits(torch, model, tokens):
     for layer in range(c.n_layer):
         n_head, n_kv_head = c.layer_heads[layer] if c.layer_heads else (c.n_head, c.n_kv_head or c.n_head)
         name = f"blocks.{layer}."
-        x = x + attention(norm(x, name + "norm_1"), name + "attention", n_head, n_kv_head)
+        heads = torch.as_tensor(c.alibi_heads[layer] if c.alibi_heads else range(c.n_head), dtype=x.dtype)
+        slopes = 2.0 ** (-8 * (heads + 1) / c.n_head)           # of a power of two of heads
+        x = x + attention(norm(x, name + "norm_1"), name + "attention", n_head, n_kv_head, slopes)
         x = x + feed_forward(norm(x, name + "norm_2"), name + "mlp")
     return norm(x, "norm") @ leaves.get("head", leaves["embedding.weight"]).T, leaves

@@ -11,6 +11,7 @@ SHAPES = {
     "gpt2": {"position": "learned", "init": "gpt2", "norm": "layer", "activation": "gelu_tanh", "tie_embedding": False},
     "pruned": {"layer_heads": [[2, 2], [1, 1]]},
     "alibi": {"position": "alibi", "n_kv_head": 1}, "window": {"window": 4},
+    "alibi, pruned": {"position": "alibi", "layer_heads": [[2, 2], [1, 1]], "alibi_heads": [[0, 1], [1]]},
     "alibi, window": {"position": "alibi", "window": 3, "n_expert": 4},
 }
 every_shape = pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
@@ -225,7 +226,10 @@ def test_training_with_dropout_is_reproducible():
     ({"n_layer": 0}, "n_layer must be 1 or more, got 0"), ({"n_head": 3}, "multiple of n_head, got 16 and 3"),
     ({"n_head": 16}, "even head size, got 1"), ({"position": "none"}, "position must be one of rotary, learned, alibi"),
     ({"window": 0}, "window must be 1 or more, or None, got 0"),
-    ({"position": "alibi", "layer_heads": [[2, 2], [1, 1]]}, "leave layer_heads None"),
+    ({"layer_heads": [[2, 2]]}, "an entry for each of 2 layers, got 1"),
+    ({"position": "alibi", "layer_heads": [[2, 2], [1, 1]]}, r"alibi_heads must .*: \[2, 1\], got None"),
+    ({"alibi_heads": [[0], [1]]}, r"and only there: .*: None, got \[1, 1\]"),
+    ({"position": "alibi", "layer_heads": [[2, 2], [1, 1]], "alibi_heads": [[0, 1], [2]]}, r"0\.\.1, got \[2\]"),
     ({"norm": "batch"}, "norm must be one of"), ({"init": "zeros"}, "init must be one of"),
     ({"dtype": "float16"}, "dtype must be one of"), ({"activation": "relu"}, "activation must be one of"),
     ({"n_expert": 2, "activation": "gelu"}, "experts are SwiGLU"), ({"n_expert": 1}, "top_k must be at most n_expert"),

@@ -1,5 +1,6 @@
-"""nn.MultiHeadAttention: dropout of its weights, in a layer and in a GPT."""
+"""nn.MultiHeadAttention: dropout of its weights, in a layer and in a GPT, and slopes of one's own."""
 import numpy as np
+import pytest
 
 import numformer as nf
 from numformer.nn import MultiHeadAttention
@@ -48,3 +49,12 @@ def test_a_gpt_learns_with_dropout():
     assert losses[-1] < 0.5 * losses[0]
     model.eval()
     assert (model(tokens[:, :-1]).data == model(tokens[:, :-1]).data).all()
+
+
+def test_alibi_takes_slopes_of_ones_own_one_for_each_head():
+    x = np.random.default_rng(1).standard_normal((2, 9, 16), np.float32)
+    usual, given, other = (MultiHeadAttention(16, 4, alibi=alibi, rng=np.random.default_rng(0))
+                           for alibi in (True, nf.alibi_slopes(4), nf.alibi_slopes(8)[4:]))
+    assert (usual(x).data == given(x).data).all() and (usual(x).data != other(x).data).any()
+    with pytest.raises(ValueError, match=r"a bool or 4 slopes, got shape \(3,\)"):
+        MultiHeadAttention(16, 4, alibi=np.ones(3), rng=np.random.default_rng(0))

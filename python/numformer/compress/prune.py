@@ -34,7 +34,8 @@ def prune_heads(model, heads=None, *, fraction=None, importance=None, rng=None):
     Returns
     -------
     GPT
-        In the mode (training or evaluation) of `model`. ``config.layer_heads`` holds what is left.
+        In the mode (training or evaluation) of `model`. ``config.layer_heads`` holds how many are left, and with ALiBi
+        ``config.alibi_heads`` which, as each keeps its slope.
 
     Raises
     ------
@@ -57,17 +58,24 @@ def prune_heads(model, heads=None, *, fraction=None, importance=None, rng=None):
         if not len(left):
             raise ValueError(f"prune_heads: layer {layer} would have none of its {a.n_head} heads left; keep one, or "
                              f"take out the whole layer with prune_layers")
-    sizes = [(len(left) * (a.n_head // a.n_kv_head), len(left)) for a, left in zip(attentions, keep)]
+    sizes, queries = [], []
+    for a, left in zip(attentions, keep):
+        share = a.n_head // a.n_kv_head
+        sizes.append([len(left) * share, len(left)])
+        queries.append((left[:, None] * share + np.arange(share)).ravel())
+    alibi = None
+    if model.config.position == "alibi":
+        had = model.config.alibi_heads or [range(a.n_head) for a in attentions]
+        alibi = [[heads[head] for head in query] for heads, query in zip(had, queries)]
     arrays = model.state_dict()
-    for layer, (a, left) in enumerate(zip(attentions, keep)):
-        name, share = f"blocks.{layer}.attention.", a.n_head // a.n_kv_head
-        query = (left[:, None] * share + np.arange(share)).ravel()
+    for layer, (a, left, query) in enumerate(zip(attentions, keep, queries)):
+        name = f"blocks.{layer}.attention."
         rows = _features(np.concatenate([query, a.n_head + left, a.n_head + a.n_kv_head + left]), a.head_dim)
         for part in ("qkv", "qkv_bias"):
             if name + part in arrays:
                 arrays[name + part] = arrays[name + part][rows]
         arrays[name + "out"] = arrays[name + "out"][:, _features(query, a.head_dim)]
-    return _rebuilt(model, arrays, layer_heads=[list(size) for size in sizes])
+    return _rebuilt(model, arrays, layer_heads=sizes, alibi_heads=alibi)
 
 
 def prune_layers(model, layers=None, *, fraction=None, importance=None, rng=None):
@@ -116,8 +124,9 @@ def prune_layers(model, layers=None, *, fraction=None, importance=None, rng=None
                 continue
             name = f"blocks.{keep.index(int(layer))}.{rest}"
         arrays[name] = array
-    sizes = model.config.layer_heads
-    return _rebuilt(model, arrays, n_layer=len(keep), layer_heads=sizes and [list(sizes[layer]) for layer in keep])
+    sizes, alibi = ([list(heads[layer]) for layer in keep] if heads else None
+                    for heads in (model.config.layer_heads, model.config.alibi_heads))
+    return _rebuilt(model, arrays, n_layer=len(keep), layer_heads=sizes, alibi_heads=alibi)
 
 
 def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=None, count=None):

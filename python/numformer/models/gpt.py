@@ -39,6 +39,8 @@ class GPTConfig:
         Heads of keys and values (grouped queries); n_head where None.
     layer_heads : list of (n_head, n_kv_head), optional
         Heads of each layer where they differ (after pruning); the size of a head stays n_embd / n_head.
+    alibi_heads : list of lists of int, optional
+        With position "alibi" and `layer_heads`: which of the n_head heads each layer has, as each has its own slope.
     n_inner : int, optional
         Hidden features that a token passes in each feed-forward layer: 3 n_embd (swiglu) or 4 n_embd (gelu) where None.
     n_expert : int
@@ -90,6 +92,7 @@ class GPTConfig:
     recompute: bool = False
     dtype: str = "float32"
     window: int | None = None
+    alibi_heads: list | None = None
 
     def __post_init__(self):
         choices = {"position": ("rotary", "learned", "alibi"), "norm": ("rms", "layer"), "init": ("xavier", "gpt2"),
@@ -106,15 +109,33 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         if self.position == "rotary" and self.n_embd // self.n_head % 2:
             raise ValueError(f"GPTConfig: rotary positions need an even head size, got {self.n_embd // self.n_head}")
-        if self.position == "alibi" and self.layer_heads:
-            raise ValueError("GPTConfig: with alibi each head has a slope by its place among n_head, so layers cannot "
-                             "have fewer: leave layer_heads None")
+        self._check_heads()
         if self.n_expert and self.activation != "swiglu":
             raise ValueError(f"GPTConfig: experts are SwiGLU, got activation {self.activation!r}")
         if self.n_expert and self.top_k > self.n_expert:
             raise ValueError(f"GPTConfig: top_k must be at most n_expert, got {self.top_k} and {self.n_expert}")
         if self.n_inner is None:
             self.n_inner = self.n_embd * (3 if self.activation == "swiglu" else 4)
+
+    def _check_heads(self):
+        if self.layer_heads and len(self.layer_heads) != self.n_layer:
+            raise ValueError(f"GPTConfig: layer_heads must have an entry for each of {self.n_layer} layers, "
+                             f"got {len(self.layer_heads)}")
+        sizes = [heads for heads, _ in self.layer_heads] if self.layer_heads and self.position == "alibi" else None
+        got = self.alibi_heads and [len(heads) for heads in self.alibi_heads]
+        if got != sizes:
+            raise ValueError("GPTConfig: alibi_heads must say which heads each layer has where there are both alibi "
+                             f"and layer_heads, and only there: expected so many in each layer: {sizes}, got {got}")
+        for heads in self.alibi_heads or ():
+            if any(not 0 <= head < self.n_head for head in heads):
+                raise ValueError(f"GPTConfig: alibi_heads must be 0..{self.n_head - 1}, got {heads}")
+
+    def slopes(self, layer):
+        """ALiBi's slopes of the heads of a layer (n_head,), or False where positions come otherwise."""
+        if self.position != "alibi":
+            return False
+        slopes = nf.alibi_slopes(self.n_head)
+        return slopes[self.alibi_heads[layer]] if self.alibi_heads else slopes
 
 
 class Block(Module):
@@ -127,7 +148,7 @@ class Block(Module):
         self.attention = MultiHeadAttention(c.n_embd, n_head, n_kv_head, head_dim=c.n_embd // c.n_head, bias=c.bias,
                                             dropout=c.dropout,
                                             window_size=(-1 if c.window is None else c.window - 1, -1),
-                                            alibi=c.position == "alibi", rng=rng, dtype=np.dtype(c.dtype))
+                                            alibi=c.slopes(layer), rng=rng, dtype=np.dtype(c.dtype))
         self.norm_2 = _norm(c)
         if c.n_expert:
             self.mlp = nf.nn.MoE(c.n_embd, c.n_inner // c.top_k, c.n_expert, c.top_k, rng=rng, dtype=np.dtype(c.dtype))

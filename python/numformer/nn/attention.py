@@ -62,8 +62,9 @@ class MultiHeadAttention(Module):
     window_size : (left, right)
         As of :func:`numformer.scaled_dot_product_attention`: how many keys back, and ahead, a query sees; -1 is no
         bound.
-    alibi : bool
-        Lower scores by distance, with :func:`numformer.alibi_slopes` (Press et al. 2022), instead of rotary positions.
+    alibi : bool or ndarray (n_head,)
+        Lower scores by distance (Press et al. 2022), instead of rotary positions: with these slopes, or where True
+        with those of :func:`numformer.alibi_slopes`.
     rng : numpy.random.Generator
 
     Attributes
@@ -88,7 +89,12 @@ class MultiHeadAttention(Module):
             raise ValueError("MultiHeadAttention: window_size must be (left, right), each -1 or more, and nothing "
                              f"ahead where causal, got {window_size} and causal={causal}")
         self.causal, self.window_size = causal, (left, right)
-        self.slopes = nf.alibi_slopes(n_head).astype(dtype) if alibi else None
+        self.slopes = None
+        if alibi is not False:
+            self.slopes = (nf.alibi_slopes(n_head) if alibi is True else np.asarray(alibi)).astype(dtype)
+            if self.slopes.shape != (n_head,):
+                raise ValueError(f"MultiHeadAttention: alibi must be a bool or {n_head} slopes, "
+                                 f"got shape {self.slopes.shape}")
         self.dropout, self.rng = dropout, rng
         rows = (n_head + 2 * n_kv_head) * self.head_dim
         # query, key and value are matrices of their own: each has its own fan-out
