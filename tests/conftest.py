@@ -1,9 +1,12 @@
 """What every test may ask for."""
+import os
+
 import pytest
 
 from numformer import _core
 
 LEVELS = ["baseline", "avx2", "avx512", "avx512vnni"]
+COMBINATIONS = int(os.environ.get("NUMFORMER_ATTENTION", 500))      # of attention's features, at random
 
 
 def levels():

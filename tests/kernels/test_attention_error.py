@@ -4,7 +4,6 @@ The written-out formula holds S x S matrices, takes NumPy's products and sums by
 Inputs are the ones that cost digits: rows that share a large offset, keys that take all the weight, 8192 terms.
 """
 import functools
-import os
 
 import numpy as np
 import pytest
@@ -13,8 +12,8 @@ from numformer.ops.attention import scaled_dot_product_attention_backward as att
 from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 
 RESULTS = ("out", "dq", "dk", "dv")
-# Under sanitizers and emulation, where fewer of the random combinations run too, the short one alone.
-SHAPES = [(512, 512), (200, 8192), (8192, 200)][:1 if "NUMFORMER_ATTENTION" in os.environ else None]
+SHAPES = [(512, 512), (200, 8192), (8192, 200)]
+pytestmark = pytest.mark.native
 
 
 def formula(q, k, v, dout, dtype):

@@ -1,6 +1,5 @@
 """Window, softcap, ALiBi, sinks, key lengths, dropout and the gradient of a mask: alone and together, both ways."""
 import functools
-import os
 
 import numpy as np
 import pytest
@@ -9,11 +8,11 @@ import numformer as nf
 from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
 from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 from tests import oracle
+from tests.conftest import COMBINATIONS
 from tests.gradients import slope
 from tests.kernels.test_attention import arrays, check, sdpa
 from tests.kernels.test_attention_backward import upstream
 
-BLOCKS = int(os.environ.get("NUMFORMER_ATTENTION", 500)) // 25      # of 25 random combinations
 NAMES = ("q", "k", "v", "mask", "slopes", "sinks")
 
 
@@ -82,7 +81,7 @@ def expected(seed, dtype):
     return oracle.attention(q, k, v, **theirs), oracle.attention_gradients(q, k, v, dout, dlse, **theirs)
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize("block", range(COMBINATIONS // 25))
 def test_random_combinations_match_the_float64_formula_and_its_gradients(block):
     for seed in range(25 * block, 25 * block + 25):
         dtype = np.float64 if seed % 3 else np.float32
@@ -119,6 +118,7 @@ def small(name):
     return {"q": q, "k": k, "v": v, **sides}, keywords
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", ["window", "softcap", "slopes", "sinks", "lengths", "mask", "all"])
 def test_gradients_match_finite_differences(name):
     tensors, keywords = small(name)

@@ -101,6 +101,7 @@ def test_the_gradient_of_the_bias_is_the_sum_over_rows_on_any_number_of_threads(
     assert (gelu.bias_gelu_backward(dy, gelu.bias_gelu_forward(x, bias)[1])[1] == dbias).all()
 
 
+@pytest.mark.native
 def test_broadcast_rows_are_read_in_place():
     row, whole = normal(1024), normal(2048, 1024, seed=1)
     broadcast = np.broadcast_to(row, whole.shape)

@@ -10,7 +10,7 @@ from numformer.ops.linear import grouped_linear_backward, grouped_linear_forward
 from tests import oracle
 from tests.gradients import check_gradients, normal
 
-# around the edges of tiles (6, 14 rows; 8, 16, 32 columns), of few rows, of blocks of rows (96, 224) and of K (256, 384)
+# around the edges of tiles (6, 14 rows; 8, 16, 32 columns), of few rows, of blocks of rows (96, 224), of K (256, 384)
 SIZES = [(1, 1, 1), (1, 7, 3), (2, 16, 8), (3, 17, 9), (5, 33, 31), (6, 15, 64), (7, 31, 16), (8, 65, 40), (14, 64, 97),
          (15, 97, 385), (29, 40, 383), (1, 63, 384), (4, 80, 769), (97, 111, 59), (3, 600, 20), (64, 530, 33),
          (10, 20, 255), (98, 35, 257), (230, 70, 513)]
@@ -66,7 +66,7 @@ def test_the_fused_activation_has_the_bits_of_the_activation_alone():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("k", [1, 9, 256, 257, 385, 1200])
+@pytest.mark.parametrize("k", [1, 9, 256, 257, 385, pytest.param(1200, marks=pytest.mark.native)])
 def test_a_row_has_the_same_bits_alone_in_a_batch_on_any_threads_and_by_any_strides(k, dtype, threads):
     x, w = normal(100, k, dtype=dtype), normal(75, k, seed=1, dtype=dtype)
     whole = nf.linear(x, w)
@@ -89,7 +89,7 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_on_any_threads_and_by_any_stri
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("k", [17, 256, 600])
+@pytest.mark.parametrize("k", [17, 256, pytest.param(600, marks=pytest.mark.native)])
 def test_blocks_of_rows_whose_weight_is_packed_once_have_the_bits_of_each_row_alone(k, dtype, threads):
     x, w, bias = normal(470, k, dtype=dtype), normal(150, k, seed=1, dtype=dtype), normal(150, seed=2, dtype=dtype)
     for count in (1, 2):
@@ -100,6 +100,7 @@ def test_blocks_of_rows_whose_weight_is_packed_once_have_the_bits_of_each_row_al
         assert (nf.linear(np.asfortranarray(x), np.asfortranarray(w), bias, activation="relu") == whole).all()
 
 
+@pytest.mark.native
 def test_a_product_too_large_to_be_packed_at_once_has_the_bits_of_its_columns():
     x, w = normal(226, 2000), normal(4200, 2000, seed=1)        # packed: 67.2 MB
     whole = nf.linear(x, w)

@@ -88,6 +88,7 @@ def test_a_rows_loss_does_not_depend_on_the_others_or_on_threads(threads):
     assert nf.linear_cross_entropy(h[77:78], w, t[77:78], reduction="none") == whole[77]
 
 
+@pytest.mark.native
 def test_the_logits_are_never_held():
     h, w, t = normal(4096, 8, dtype=np.float32), normal(20000, 8, seed=1, dtype=np.float32), classes(4096, 20000)
     hidden, weight = nf.Tensor(h, requires_grad=True), nf.Tensor(w, requires_grad=True)

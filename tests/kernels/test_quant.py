@@ -123,10 +123,11 @@ def test_every_depth_and_width(k):
             assert (np.abs(quant.linear(x, qweight, compute="float32") - x.astype(float) @ w.T) <= bound).all()
 
 
-def test_many_rows_and_columns(threads):
+@pytest.mark.parametrize("m, n, k", [(40, 150, 140), pytest.param(230, 700, 520, marks=pytest.mark.native)])
+def test_many_rows_and_columns(m, n, k, threads):
     for spec in SPECS[:4] + SPECS[5:6]:
-        qweight, w = weight(700, 520, spec)
-        x = normal(230, 520, dtype=np.float32)
+        qweight, w = weight(n, k, spec)
+        x = normal(m, k, dtype=np.float32)
         whole, floats = reference(x, qweight), x.astype(float) @ w.T
         for count in (1, 2):
             threads(count)
