@@ -206,7 +206,7 @@ def test_wrong_arrays_are_named_in_the_error():
     with pytest.raises(TypeError, match=r"query must be float32, float16, bfloat16 .* or float64, got int32"):
         sdpa(q.astype(np.int32), k, v)
     with pytest.raises(TypeError, match="query must be an array, got list"):
-        sdpa([1.0], k, v)
+        sdpa([[1.0], [2.0, 3.0]], k, v)
     with pytest.raises(TypeError, match="real number"):
         sdpa(q, k, v, scale="half")
     with pytest.raises(ValueError, match="causal_align"):

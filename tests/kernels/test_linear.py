@@ -244,7 +244,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="linear: x must be float32 or float64, got int64"):
         nf.linear(x.astype(int), w)
     with pytest.raises(TypeError, match="linear: bias must be an array, got list"):
-        nf.linear(x, w, [1.0] * 5)
+        nf.linear(x, w, [[1.0], [2.0, 3.0]])
     with pytest.raises(ValueError, match=r"linear: activation must be None, .* got 'tanh'"):
         nf.linear(x, w, activation="tanh")
     with pytest.raises(ValueError, match="out must not share memory"):

@@ -16,6 +16,11 @@ def as_array(x, op, name):
         raise TypeError(f"{op}: {name} must be an array, got {type(x).__name__}: {error}") from None
 
 
+def as_arrays(op, **inputs):
+    """Each as :func:`as_array` gives it; what is None stays so."""
+    return [None if x is None else as_array(x, op, name) for name, x in inputs.items()]
+
+
 def as_floats(x, op, name):
     """`x` as a float32 or float64 ndarray. TypeError for any other dtype: nothing is cast behind one's back."""
     x = as_array(x, op, name)

@@ -6,6 +6,7 @@ arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), and the backward pass buil
 import numpy as np
 
 from numformer import _core
+from numformer.ops.arguments import as_array, as_arrays
 from numformer.tensor import Tensor, apply
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
@@ -14,6 +15,7 @@ __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge
 
 _OP = "scaled_dot_product_attention"
 _ALIGN = {"bottom_right": 0, "top_left": 2}
+_PLAIN = (np.ndarray, type(None))       # what goes to the kernel as it is
 _CAUSAL, _PACKED, _WANT_MASK, _WANT_SLOPES, _WANT_SINKS = 1, 1, 2, 4, 8     # as in csrc/bind/attention.c
 
 
@@ -30,6 +32,8 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
     """The binding's tuple of what most calls leave out, or None; draws the key of the dropout."""
     if softcap is None:
         softcap = 0.0
+    if kv_lengths is not None:
+        kv_lengths = as_array(kv_lengths, _OP, "kv_lengths")
     key = 0
     if dropout_p != 0:
         bits = getattr(rng, "bit_generator", None)
@@ -58,6 +62,8 @@ def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, alib
     batch axes have length 1 and the sequences lie one behind the other. `gradients` names those of attn_mask, ALiBi
     slopes and sinks that the backward pass shall compute.
     """
+    query, key, value, attn_mask, alibi_slopes, sinks = as_arrays(
+        _OP, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
     causal = _causal(is_causal, causal_align)
     features = _features(alibi_slopes=alibi_slopes, sinks=sinks, **features)
     out, lse, stats = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
@@ -187,13 +193,13 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     arrays = type(query) is type(key) is type(value) is np.ndarray
     extras = (window_size != (-1, -1) or softcap or alibi_slopes is not None or sinks is not None
               or kv_lengths is not None or dropout_p != 0.0)
-    if arrays and type(attn_mask) is not Tensor and not extras:
+    if arrays and type(attn_mask) in _PLAIN and not extras:
         causal = _causal(is_causal, causal_align) if is_causal or causal_align != "bottom_right" else 0
         return _core.attention_forward(query, key, value, attn_mask, scale, causal, None, out, 1 if return_lse else 0)
     features = {"window_size": window_size, "softcap": softcap, "kv_lengths": kv_lengths, "dropout_p": dropout_p,
                 "rng": rng}
     sides = {"mask": attn_mask, "slopes": alibi_slopes, "sinks": sinks}
-    if arrays and Tensor not in map(type, sides.values()):
+    if arrays and all(type(x) in _PLAIN for x in sides.values()):
         return _core.attention_forward(query, key, value, attn_mask, scale, _causal(is_causal, causal_align),
                                        _features(alibi_slopes=alibi_slopes, sinks=sinks, **features), out,
                                        1 if return_lse else 0)
@@ -226,6 +232,7 @@ def alibi_slopes(num_heads):
 
 def merge_attention_forward(out_a, lse_a, out_b, lse_b):
     """Return ``((out, lse), saved)``; `saved` is what :func:`merge_attention_backward` needs."""
+    out_a, lse_a, out_b, lse_b = as_arrays("merge_attention", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if not out_a.shape == out_b.shape == (*lse_a.shape, *out_a.shape[-1:]) or lse_a.shape != lse_b.shape:
         raise ValueError("merge_attention: out_a and out_b must have one shape, and lse_a and lse_b that shape without "
                          f"its last axis, got {out_a.shape}, {lse_a.shape}, {out_b.shape}, {lse_b.shape}")

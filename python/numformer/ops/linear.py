@@ -6,7 +6,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import as_array, as_floats
+from numformer.ops.arguments import as_arrays, as_floats
 from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
@@ -16,6 +16,8 @@ __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward"
 _ACTIVATIONS = {None: (0, None), "relu": (1, _core.relu_backward), "silu": (2, _core.silu_backward),
                 "gelu": (3, _core.gelu_erf_backward), "gelu_tanh": (4, _core.gelu_tanh_backward),
                 "gelu_quick": (5, _core.gelu_quick_backward)}
+
+_PLAIN = (np.ndarray, type(None))       # what goes to the kernel as it is
 
 
 def _number(activation):
@@ -35,7 +37,7 @@ def linear_forward(x, weight, bias=None, residual=None, *, activation=None, out=
 
     `wanted`: whether the gradients of x and of weight will be asked for.
     """
-    x, weight = as_array(x, "linear", "x"), as_array(weight, "linear", "weight")
+    x, weight, bias, residual = as_arrays("linear", x=x, weight=weight, bias=bias, residual=residual)
     y = _core.linear(x, weight, bias, residual, _number(activation), out, activation is not None)
     y, pre = y if activation is not None else (y, None)
     return y, (x, weight, bias is not None, residual is not None, activation, pre, wanted)
@@ -86,13 +88,12 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
     M N K multiply-adds; the gradients of `x` and of `weight` take as many each. The sum over K goes in blocks of at
     most 256, in ascending order: error at most (256 + K / 256) eps times the sum of |x| |weight|.
     """
-    if type(x) is np.ndarray and type(weight) is np.ndarray and type(bias) is not Tensor and \
-            type(residual) is not Tensor:
+    if type(x) is np.ndarray and type(weight) is np.ndarray and type(bias) in _PLAIN and type(residual) in _PLAIN:
         return _core.linear(x, weight, bias, residual, _number(activation), out, False)
-    if not is_recording():
-        inputs = x, weight, bias, residual
+    inputs = x, weight, bias, residual
+    if not is_recording() and Tensor in map(type, inputs):
         x, weight, bias, residual = (t.data if type(t) is Tensor else t for t in inputs)
-        x, weight = as_array(x, "linear", "x"), as_array(weight, "linear", "weight")
+        x, weight, bias, residual = as_arrays("linear", x=x, weight=weight, bias=bias, residual=residual)
         return unrecorded(_core.linear(x, weight, bias, residual, _number(activation), out, False), inputs)
     return apply(linear_forward, linear_backward, x, weight, bias, residual, activation=activation, out=out,
                  wanted=_wanted((x, weight)))
@@ -101,7 +102,8 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
 def grouped_linear_forward(x, weight, offsets, bias=None):
     """Return ``(y, saved)``; `saved` is what :func:`grouped_linear_backward` needs."""
     x, weight = as_floats(x, "grouped_linear", "x"), as_floats(weight, "grouped_linear", "weight")
-    offsets = np.asarray(as_array(offsets, "grouped_linear", "offsets"), order="C")
+    offsets, bias = as_arrays("grouped_linear", offsets=offsets, bias=bias)
+    offsets = np.ascontiguousarray(offsets)
     return _core.grouped_linear(x, weight, offsets, bias, False), (x, weight, offsets, bias is not None)
 
 

@@ -1,8 +1,8 @@
 """Attention of sequences of different lengths without padding: packed one behind the other, or cached in blocks."""
-import numpy as np
 
 from numformer import _core
 from numformer.ops import attention
+from numformer.ops.arguments import as_array, as_arrays
 from numformer.tensor import Tensor, apply
 
 __all__ = ["attention_varlen", "attention_varlen_backward", "attention_varlen_forward", "paged_attention"]
@@ -10,9 +10,9 @@ __all__ = ["attention_varlen", "attention_varlen_backward", "attention_varlen_fo
 
 def _heads(x, op, name):
     """(T, H, D) as (1, H, T, D), a view."""
-    if not isinstance(x, np.ndarray) or x.ndim != 3:
-        raise ValueError(f"{op}: {name} must be an array (tokens, heads, head_dim), got "
-                         f"{x.shape if isinstance(x, np.ndarray) else type(x).__name__}")
+    x = as_array(x, op, name)
+    if x.ndim != 3:
+        raise ValueError(f"{op}: {name} must be an array (tokens, heads, head_dim), got {x.shape}")
     return x.transpose(1, 0, 2)[None]
 
 
@@ -26,6 +26,7 @@ def attention_varlen_forward(query, key, value, alibi_slopes=None, sinks=None, *
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
     query, key, value = (_heads(x, "attention_varlen", name) for x, name in
                          ((query, "query"), (key, "key"), (value, "value")))
+    cu_seqlens_q, cu_seqlens_k = as_arrays("attention_varlen", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     (out, lse), saved = attention.scaled_dot_product_attention_forward(
         query, key, value, None, alibi_slopes, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         return_lse=True, **keywords)
@@ -133,10 +134,13 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
     A cache is read where it lies, a tile of keys at a time; no more than that is ever widened to float32.
     """
     op = "paged_attention"
+    query, key_cache, value_cache, block_table, cu_seqlens_q, alibi_slopes, sinks, key_scale, value_scale = as_arrays(
+        op, query=query, key_cache=key_cache, value_cache=value_cache, block_table=block_table,
+        cu_seqlens_q=cu_seqlens_q, alibi_slopes=alibi_slopes, sinks=sinks, key_scale=key_scale,
+        value_scale=value_scale)
     for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
-        if not isinstance(x, np.ndarray) or x.ndim != 4 or x.shape[1] == 0:
-            raise ValueError(f"{op}: {name} must be an array (blocks, block_size, heads, head_dim), got "
-                             f"{x.shape if isinstance(x, np.ndarray) else type(x).__name__}")
+        if x.ndim != 4 or x.shape[1] == 0:
+            raise ValueError(f"{op}: {name} must be an array (blocks, block_size, heads, head_dim), got {x.shape}")
     packed = cu_seqlens_q is not None
     features = attention._features(
         window_size, softcap, alibi_slopes, sinks, cache_seqlens, cu_seqlens_q=cu_seqlens_q, block_table=block_table,

@@ -7,6 +7,7 @@ import numpy as np
 
 import numformer as nf
 from numformer.ops import arithmetic as ar
+from numformer.ops.arguments import as_array
 from numformer.tensor import Tensor
 
 __all__ = ["constant", "explained_variance", "floats", "keep", "masked_mean", "masked_sum", "masked_whiten",
@@ -15,7 +16,7 @@ __all__ = ["constant", "explained_variance", "floats", "keep", "masked_mean", "m
 
 def floats(op, **arrays):
     """The arrays (Tensors stay Tensors), all float32 or all float64. TypeError otherwise."""
-    found = {name: x if type(x) in (Tensor, np.ndarray) else np.asarray(x) for name, x in arrays.items()}
+    found = {name: x if type(x) is Tensor else as_array(x, op, name) for name, x in arrays.items()}
     dtypes = {name: x.dtype for name, x in found.items()}
     if len(set(dtypes.values())) > 1 or not set(dtypes.values()) <= {np.dtype("f4"), np.dtype("f8")}:
         came = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
@@ -38,7 +39,7 @@ def constant(x):
 
 def read_mask(op, mask, like, name):
     """`mask` as booleans of the shape of `like`."""
-    mask = np.asarray(constant(mask))
+    mask = as_array(constant(mask), op, "mask")
     if mask.dtype != np.bool_:
         if not np.isin(mask, (0, 1)).all():
             raise ValueError(f"{op}: mask must be boolean, or 1 for a slot that counts and 0 for one that does not; "
