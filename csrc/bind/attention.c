@@ -21,7 +21,7 @@ new_heads(const npy_intp *shape, int type, PyArrayObject *like)
     return view;
 }
 
-/* out given by the caller, or new. */
+/* out given by the caller, in memory (B, H, S, D) or (B, S, H, D); or new. */
 static PyArrayObject *
 take_out(nf_attention_call *c, PyObject *object)
 {
@@ -31,8 +31,26 @@ take_out(nf_attention_call *c, PyObject *object)
     if (!nf_given(object)) {
         return new_heads(shape, c->type, c->q);
     }
+    PyArrayObject *const out = nf_array(object, c->type, 4, OP, "out");
     PyArrayObject *const inputs[] = {c->q, c->k, c->v};
-    return nf_take_out(object, 4, shape, c->type, inputs, 3, OP);
+    if (out == NULL || nf_check_shape(out, 4, shape, OP, "out") < 0) {
+        return NULL;
+    }
+    if (PyArray_IS_C_CONTIGUOUS(out)) {
+        return nf_take_out(object, 4, shape, c->type, inputs, 3, OP);
+    }
+    PyObject *const turned = PyArray_SwapAxes(out, 1, 2);
+    PyArrayObject *const checked =
+        turned == NULL ? NULL
+                       : nf_take_out(turned, 4, PyArray_DIMS((PyArrayObject *)turned),
+                                     c->type, inputs, 3, OP);
+    Py_XDECREF(turned);
+    if (checked == NULL) {
+        return NULL;
+    }
+    Py_DECREF(checked);
+    Py_INCREF(out);
+    return out;
 }
 
 /* attention_forward(query, key, value, mask, scale, causal, features, out, want)

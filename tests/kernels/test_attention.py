@@ -183,6 +183,8 @@ def test_out_receives_the_result():
     q, k, v = arrays(2, 2, 9, 20, 16)
     out = np.empty_like(q)
     assert sdpa(q, k, v, out=out) is out and (out == sdpa(q, k, v)).all()
+    turned = np.empty_like(out.swapaxes(1, 2), order="C").swapaxes(1, 2)
+    assert sdpa(q, k, v, out=turned) is turned and (turned == out).all()
     with pytest.raises(ValueError, match="memory"):
         sdpa(q, k, v, out=q)
     with pytest.raises(ValueError, match="shape"):

@@ -145,3 +145,23 @@ def test_wrong_packing_is_named_in_the_error():
         nf.paged_attention(step, cache, cache, [[0, 1]], [20, 20])
     with pytest.raises(ValueError, match="key_cache must be"):
         nf.paged_attention(step, cache[0], cache, [[0, 1]], [20, 20])
+
+
+def test_a_given_output_is_written_to_and_returned():
+    cu_q, cu_k = starts([5, 1, 9]), starts([5, 30, 9])
+    q, k, v = tokens(15, 4, 16), tokens(44, 2, 16), tokens(44, 2, 24)
+    want, out = nf.attention_varlen(q, k, v, cu_q, cu_k), np.empty((15, 4, 24), np.float32)
+    assert nf.attention_varlen(q, k, v, cu_q, cu_k, out=out) is out and (out == want).all()
+    caches, table = (tokens(6, 8, 2, 16), tokens(6, 8, 2, 24)), [[3, 1], [5, 0], [2, 4]]
+    for query, more in ((q, {"cu_seqlens_q": cu_q}), (tokens(3, 4, 2, 16), {})):
+        want = nf.paged_attention(query, *caches, table, [16, 9, 12], **more)
+        out = np.empty(want.shape, np.float32)
+        assert nf.paged_attention(query, *caches, table, [16, 9, 12], out=out, **more) is out and (out == want).all()
+    apart = np.empty((15, 4, 48), np.float32)[..., ::2]
+    for wrong, error, message in ((q[:, :, :1], ValueError, r"out must have shape \(1, 4, 15, 24\)"),
+                                  (apart, ValueError, "out must be writeable and C-contiguous"),
+                                  ([1.0], TypeError, "out must be an array")):
+        with pytest.raises(error, match=message):
+            nf.attention_varlen(q, k, v, cu_q, cu_k, out=wrong)
+    with pytest.raises(ValueError, match="share memory"):
+        nf.attention_varlen(q, k[:, :, :16], tokens(44, 2, 16), cu_q, cu_k, out=q)

@@ -111,14 +111,14 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
     Parameters
     ----------
-    query : ndarray or Tensor, (B, H, Sq, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
+    query : array_like or Tensor, (B, H, Sq, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
         float16 and bfloat16 are storage: all is computed in float32, and results and gradients are rounded to the
         dtype once, to nearest.
     key : (B, Hkv, Sk, D), of the same dtype
         `H` must be a multiple of `Hkv`; query head `h` reads head ``h // (H // Hkv)`` (Ainslie et al. 2023,
         arXiv:2305.13245).
     value : (B, Hkv, Sk, Dv)
-    attn_mask : ndarray or Tensor that broadcasts to (B, H, Sq, Sk), optional
+    attn_mask : array_like or Tensor that broadcasts to (B, H, Sq, Sk), optional
         Boolean: True where a query attends. Floating, of query's dtype (or float32, where that is float16 or
         bfloat16): added to the scaled scores; its gradient is summed over the axes that it is broadcast along.
     dropout_p : float
@@ -149,10 +149,10 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     softcap : float
         Scaled scores s become ``softcap * tanh(s / softcap)`` (Gemma 2, arXiv:2408.00118), before anything is added;
         0.0 is none.
-    alibi_slopes : ndarray or Tensor, (H,) or (B, H), of a dtype as `attn_mask`, optional
+    alibi_slopes : array_like or Tensor, (H,) or (B, H), of a dtype as `attn_mask`, optional
         ``-slope * (p - j)`` is added to the score of key j for a query at position p (Press et al. 2022,
         arXiv:2108.12409); :func:`alibi_slopes` gives the paper's slopes.
-    sinks : ndarray or Tensor, (H,), of a dtype as `attn_mask`, optional
+    sinks : array_like or Tensor, (H,), of a dtype as `attn_mask`, optional
         One more logit in the softmax of every row of a head, without a value (gpt-oss; Xiao et al. 2024,
         arXiv:2309.17453). It counts in lse, so the lse of a row that sees no key is the sink.
     kv_lengths : int array, (B,), optional
@@ -165,8 +165,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     return_lse : bool
         Return ``(out, lse)``, lse (B, H, Sq) the natural logarithm of each row's sum of exponentials, float64 where
         query is, else float32.
-    out : ndarray, (B, H, Sq, Dv), C-contiguous, optional
-        Where to write the result; shares no memory with an input.
+    out : ndarray, (B, H, Sq, Dv), optional
+        Where to write the result: contiguous as (B, H, Sq, Dv) or as (B, Sq, H, Dv), sharing no memory with query,
+        key and value.
 
     Returns
     -------
@@ -266,9 +267,9 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
 
     Parameters
     ----------
-    out_a, out_b : ndarray or Tensor, (..., Dv)
+    out_a, out_b : array_like or Tensor, (..., Dv)
         What :func:`scaled_dot_product_attention` gave for each set.
-    lse_a, lse_b : ndarray or Tensor, (...)
+    lse_a, lse_b : array_like or Tensor, (...)
         Its lse, of the shape of out without its last axis. With sinks, one of the two sets must be made without.
         The sum is made in its dtype.
 

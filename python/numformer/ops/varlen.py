@@ -1,5 +1,7 @@
 """Attention of sequences of different lengths without padding: packed one behind the other, or cached in blocks."""
 
+import numpy as np
+
 from numformer import _core
 from numformer.ops import attention
 from numformer.ops.arguments import as_array, as_arrays
@@ -16,21 +18,29 @@ def _heads(x, op, name):
     return x.transpose(1, 0, 2)[None]
 
 
+def _place(out, op):
+    """`out` (T, H, D), which is to be written, as the kernel takes it."""
+    if out is not None and not isinstance(out, np.ndarray):
+        raise TypeError(f"{op}: out must be an array, got {type(out).__name__}")
+    return None if out is None else _heads(out, op, "out")
+
+
 def _tokens(x):
     """The way back, of (1, H, T, D) or (1, H, T)."""
     return x[0].swapaxes(0, 1)
 
 
 def attention_varlen_forward(query, key, value, alibi_slopes=None, sinks=None, *, cu_seqlens_q, cu_seqlens_k,
-                             return_lse=False, **keywords):
+                             return_lse=False, out=None, **keywords):
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
     query, key, value = (_heads(x, "attention_varlen", name) for x, name in
                          ((query, "query"), (key, "key"), (value, "value")))
     cu_seqlens_q, cu_seqlens_k = as_arrays("attention_varlen", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    (out, lse), saved = attention.scaled_dot_product_attention_forward(
+    (heads, lse), saved = attention.scaled_dot_product_attention_forward(
         query, key, value, None, alibi_slopes, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        return_lse=True, **keywords)
-    return ((_tokens(out), _tokens(lse)) if return_lse else _tokens(out)), (saved, return_lse)
+        return_lse=True, out=_place(out, "attention_varlen"), **keywords)
+    out = _tokens(heads) if out is None else out
+    return ((out, _tokens(lse)) if return_lse else out), (saved, return_lse)
 
 
 def attention_varlen_backward(dy, saved):
@@ -45,14 +55,14 @@ def attention_varlen_backward(dy, saved):
 
 def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p=0.0, is_causal=False, scale=None,
                      causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None,
-                     rng=None, return_lse=False):
+                     rng=None, return_lse=False, out=None):
     """Compute :func:`scaled_dot_product_attention` for sequences that lie one behind the other.
 
     A sequence sees itself alone, and has the bits that it would have in a call of its own, where dropout is off.
 
     Parameters
     ----------
-    query : ndarray or Tensor, (Tq, H, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
+    query : array_like or Tensor, (Tq, H, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
     key : (Tk, Hkv, D)
     value : (Tk, Hkv, Dv)
     cu_seqlens_q : int array, (B + 1,)
@@ -63,6 +73,8 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
         As there; positions count in each sequence, `alibi_slopes` is (H,) or (B, H).
     return_lse : bool
         Return ``(out, lse)``, lse (Tq, H).
+    out : ndarray, (Tq, H, Dv), C-contiguous, optional
+        Where to write the result; shares no memory with query, key and value.
 
     Returns
     -------
@@ -84,12 +96,12 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
     return apply(attention_varlen_forward, attention_varlen_backward, query, key, value, alibi_slopes, sinks,
                  cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, is_causal=is_causal,
                  scale=scale, causal_align=causal_align, window_size=window_size, softcap=softcap, rng=rng,
-                 return_lse=return_lse, gradients=wanted)
+                 return_lse=return_lse, out=out, gradients=wanted)
 
 
 def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=True,
                     scale=None, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                    sinks=None, key_scale=None, value_scale=None, return_lse=False):
+                    sinks=None, key_scale=None, value_scale=None, return_lse=False, out=None):
     """Attend to keys and values that are cached in blocks (Kwon et al. 2023, arXiv:2309.06180); no gradient.
 
     Decoding steps and pieces of prompts may be mixed in one call. The result has the bits of
@@ -97,11 +109,11 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
 
     Parameters
     ----------
-    query : ndarray, (B, H, Sq, D), or (Tq, H, D) with `cu_seqlens_q`; float32, float64, float16 or bfloat16
+    query : array_like, (B, H, Sq, D), or (Tq, H, D) with `cu_seqlens_q`; float32, float64, float16 or bfloat16
         The last queries of each sequence; their own keys and values are in the cache already.
-    key_cache : ndarray, (blocks, block_size, Hkv, D)
+    key_cache : array_like, (blocks, block_size, Hkv, D)
         float32, float16, bfloat16 or int8, whichever of these query is; float64 where query is.
-    value_cache : ndarray, (blocks, block_size, Hkv, Dv), of the same dtype
+    value_cache : array_like, (blocks, block_size, Hkv, Dv), of the same dtype
     block_table : int array, (B, most blocks of a sequence)
         Token j of sequence b lies in block ``block_table[b, j // block_size]`` at ``j % block_size``. Entries beyond
         the length of a sequence may be anything.
@@ -113,10 +125,12 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
         True here, unlike elsewhere.
     scale, causal_align, window_size, softcap, alibi_slopes, sinks
         As in :func:`scaled_dot_product_attention`.
-    key_scale, value_scale : ndarray, (blocks, block_size) or (blocks, block_size, Hkv), float32
+    key_scale, value_scale : array_like, (blocks, block_size) or (blocks, block_size, Hkv), float32
         Of int8 caches, and of these alone: what the row of a token, or of one of its heads, is multiplied by.
     return_lse : bool
         Return ``(out, lse)``, lse (B, H, Sq) or (Tq, H).
+    out : ndarray of the result's shape, C-contiguous, optional
+        Where to write it; shares no memory with the others.
 
     Returns
     -------
@@ -147,6 +161,8 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
         key_scale=key_scale, value_scale=value_scale)
     result = _core.attention_forward(
         _heads(query, op, "query") if packed else query, key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2), None,
-        scale, attention._causal(is_causal, causal_align), features, None, 1)
-    out, lse = (_tokens(x) for x in result) if packed else result
+        scale, attention._causal(is_causal, causal_align), features,
+        _place(out, op) if packed else out, 1)
+    heads, lse = (_tokens(x) for x in result) if packed else result
+    out = heads if out is None else out
     return (out, lse) if return_lse else out
