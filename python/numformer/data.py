@@ -13,7 +13,19 @@ __all__ = ["Batches", "TokenShards", "write_shard"]
 
 
 def write_shard(path, tokens):
-    """Write token ids as a shard: uint16 where they fit, else uint32; aside first."""
+    """Write token ids as a shard; aside first, so that a file of this name is whole at any time.
+
+    Parameters
+    ----------
+    path : str or Path
+    tokens : array_like of integers within 0 .. 2^32 - 1, one axis
+        Written as uint16 where all fit, else uint32.
+
+    Raises
+    ------
+    ValueError
+        If `tokens` is not as above.
+    """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or (tokens.dtype.kind not in "iu" and tokens.size):
         raise ValueError(f"write_shard: tokens must be integers on one axis, got {tokens.dtype} {tokens.shape}")

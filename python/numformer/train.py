@@ -94,9 +94,20 @@ def _clip_factor(norm, max_norm):
 
 
 def clip_grad_norm(params, max_norm):
-    """Scale the gradients of `params` so that their global norm is at most `max_norm`; return the norm before.
+    """Scale the gradients of `params` so that their global norm is at most `max_norm`.
 
     ``AdamW.step(max_norm=...)`` does the same without a pass of its own.
+
+    Parameters
+    ----------
+    params : iterable of Tensor
+        Those without a gradient are passed over; ``grad`` of the others is a new array where the norm is too large.
+    max_norm : float
+
+    Returns
+    -------
+    float
+        The Euclidean norm of all gradients together, before.
     """
     params = list(params)
     norm = global_norm([p.grad for p in params if p.grad is not None])
@@ -109,7 +120,21 @@ def clip_grad_norm(params, max_norm):
 
 
 def warmup_cosine(step, *, lr, warmup, total, min_lr=0.0):
-    """nanoGPT's schedule: lr (step + 1) / (warmup + 1) for `warmup` steps, half a cosine to `min_lr` at `total`."""
+    """nanoGPT's schedule: lr (step + 1) / (warmup + 1) for `warmup` steps, half a cosine to `min_lr` at `total`.
+
+    Parameters
+    ----------
+    step : int
+        From 0; from `total` on the rate is `min_lr`.
+    lr, min_lr : float
+        The highest rate, and the last.
+    warmup, total : int
+        Steps.
+
+    Returns
+    -------
+    float
+    """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     if step >= total:
@@ -118,7 +143,10 @@ def warmup_cosine(step, *, lr, warmup, total, min_lr=0.0):
 
 
 def hf_warmup_cosine(step, *, lr, warmup, total):
-    """Hugging Face's get_cosine_schedule_with_warmup: from 0 at step 0 up to lr at `warmup`, half a cosine to 0."""
+    """Hugging Face's get_cosine_schedule_with_warmup: from 0 at step 0 up to lr at `warmup`, half a cosine to 0.
+
+    Parameters and result as of :func:`warmup_cosine`, with 0 for its min_lr.
+    """
     if step < warmup:
         return lr * step / max(1, warmup)
     return lr * max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))

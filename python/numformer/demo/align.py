@@ -162,11 +162,9 @@ def say_reward(result, speeds):
 
 
 def work_ppo(run):
-    from tqdm.auto import tqdm
     plan, corpus = run.plan, Corpus(run)
     judge = Judge(corpus)
     sft, reward = nf.models.load(run.model("sft")), nf.models.load(run.model("reward"))
-    prompts = _test_prompts(run, corpus)
     samples = {}
 
     def scored(rows, completions):          # the reward model decides, the program looks on
@@ -181,7 +179,15 @@ def work_ppo(run):
     value = ValueModel.from_reward(reward, rng=run.rng("weights", "value"))
     ppo = PPO(policy, sft, value, scored, [prompt for prompt, _ in corpus.examples["train"]], config,
               rng=run.rng("ppo"))
-    checkpoint = run.checkpoint("ppo")
+    _iterate(run, ppo, samples)
+    save(run, policy, "ppo")
+    return _judged(run, corpus, policy, sft, scored, samples), {}
+
+
+def _iterate(run, ppo, samples):
+    """PPO from its checkpoint, if there is one, to the end of the plan; `samples` holds the scores of an iteration."""
+    from tqdm.auto import tqdm
+    checkpoint, iterations = run.checkpoint("ppo"), run.plan.ppo_iterations
     if checkpoint.exists():
         try:
             ppo.resume(checkpoint)
@@ -189,9 +195,8 @@ def work_ppo(run):
             raise DemoError(f"{error}; remove it and go on with --resume", code=1) from None
         run.begin_stage("ppo", ppo.iteration)
     begin = run.clock()
-    with tqdm(total=plan.ppo_iterations, initial=ppo.iteration, desc="3 PPO", unit="iteration",
-              dynamic_ncols=True) as bar:
-        while ppo.iteration < plan.ppo_iterations:
+    with tqdm(total=iterations, initial=ppo.iteration, desc="3 PPO", unit="iteration", dynamic_ncols=True) as bar:
+        while ppo.iteration < iterations:
             try:
                 metrics = ppo.step()
             except RuntimeError as error:           # a first ratio that is not 1, a loss that is not finite
@@ -205,8 +210,12 @@ def work_ppo(run):
                                 refresh=False)
             bar.update()
             ppo.save(checkpoint)
-    save(run, policy, "ppo")
 
+
+def _judged(run, corpus, policy, sft, scored, samples):
+    """The result of the stage: held-out prompts by the policy, and by the best of n of the model before."""
+    from tqdm.auto import tqdm
+    plan, prompts = run.plan, _test_prompts(run, corpus)
     with tqdm(total=len(prompts) * (plan.best_of + 4), desc="3 held-out reward", unit="sample", dynamic_ncols=True,
               leave=False) as bar:
         best_of_n(sft, prompts, plan.best_of, scored, rng=run.rng("best of n"), max_new_tokens=plan.body_tokens,
@@ -224,15 +233,15 @@ def work_ppo(run):
             "reward": after["model"].mean(), "program_before": before["program"].mean(),
             "program": after["program"].mean(), "length": np.mean(lengths),
             "ended": np.mean([row[-1] == corpus.end for row in completions]),
-            "kl": _kl(run, policy, sft, rows, completions), "first_kl": lines[0]["objective/kl"],
+            "kl": _kl(policy, sft, rows, completions), "first_kl": lines[0]["objective/kl"],
             "kl_coef": lines[-1]["kl_coef_next"],
             "best_of_n": [{"n": n, "kl": nf.rlhf.best_of_n_kl(n),
                            "reward": np.take_along_axis(before["model"], chosen[n][:, None], 1).mean(),
                            "program": np.take_along_axis(before["program"], chosen[n][:, None], 1).mean()}
-                          for n in sizes]}, {}
+                          for n in sizes]}
 
 
-def _kl(run, policy, reference, prompts, completions):
+def _kl(policy, reference, prompts, completions):
     """The KL to the reference on those completions, nats a completion."""
     total = 0.0
     policy, reference = policy.as_arrays(), reference.as_arrays()

@@ -365,4 +365,5 @@ class GPT(Module, Pretrained):
         return tokens
 
     def config_dict(self):
+        """What config.json holds of the config."""
         return dataclasses.asdict(self.config)

@@ -55,8 +55,20 @@ def _read_config(folder):
 def load(folder):
     """Open a model's folder, whatever model it is.
 
+    Parameters
+    ----------
+    folder : str or Path
+        With config.json and model.safetensors, as ``save_pretrained`` writes it.
+
+    Returns
+    -------
+    Module
+        Of the class that model_type in config.json names, in evaluation mode.
+
     Raises
     ------
+    ImportError
+        If the safetensors package is missing.
     FileNotFoundError
         If the folder, config.json or model.safetensors is missing.
     ValueError

@@ -14,7 +14,18 @@ __all__ = ["MultiHeadAttention", "rotary_tables", "split_heads"]
 
 
 def rotary_tables(length, head_dim, *, theta=10000.0, dtype=np.float32):
-    """cos and sin of position times frequency, each (length, head_dim / 2) (Su et al. 2021, RoFormer)."""
+    """The tables of rotary positions (Su et al. 2021, RoFormer): angles ``position * theta^(-2 i / head_dim)``.
+
+    Parameters
+    ----------
+    length, head_dim : int
+    theta : float
+    dtype : float32 or float64
+
+    Returns
+    -------
+    cos, sin : ndarray, (length, head_dim / 2)
+    """
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = np.outer(np.arange(length), frequency)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)

@@ -6,6 +6,7 @@ Memory O(B heads rows S).
 """
 import numpy as np
 
+from numformer.ops.arguments import as_arrays
 from numformer.tensor import Tensor
 
 __all__ = ["attention_maps"]
@@ -28,7 +29,7 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
 
     Parameters
     ----------
-    query : ndarray or Tensor, (B, H, Sq, D), float32 or float64
+    query : array_like or Tensor, (B, H, Sq, D), float32 or float64
     key : (B, Hkv, Sk, D)
     heads : int or sequence of int, optional
         Query heads to look at; all by default.
@@ -47,9 +48,9 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
     ValueError
         If shapes do not fit together, or there is no such head or row.
     """
-    query, key, attn_mask, alibi_slopes, sinks = (
-        x.data if type(x) is Tensor else None if x is None else np.asarray(x)
-        for x in (query, key, attn_mask, alibi_slopes, sinks))
+    arrays = {"query": query, "key": key, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    query, key, attn_mask, alibi_slopes, sinks = as_arrays(
+        "attention_maps", **{name: x.data if type(x) is Tensor else x for name, x in arrays.items()})
     if query.ndim != 4 or key.ndim != 4 or query.shape[::3] != key.shape[::3] or query.shape[1] % key.shape[1]:
         raise ValueError("attention_maps: query must have shape (B, H, Sq, D) and key (B, Hkv, Sk, D), H a multiple of "
                          f"Hkv, got {query.shape} and {key.shape}")
@@ -70,12 +71,8 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
     shift = ends - queries if causal_align == "bottom_right" else np.zeros(batch, int)
     position = (rows + shift[:, None])[:, None, :, None]            # (B, 1, rows, 1)
     j = np.arange(keys)
-    seen = j < ends[:, None, None, None]
     left, right = window_size
-    if left >= 0:
-        seen = seen & (j >= position - left)
-    if right >= 0 or is_causal:
-        seen = seen & (j <= position + (0 if is_causal else right))
+    seen = _seen(position, j, ends, left, 0 if is_causal else right)
     if alibi_slopes is not None:
         slope = np.broadcast_to(alibi_slopes, (batch, all_heads))[:, heads, None, None].astype(dtype)
         score -= slope * (position - j).astype(dtype)
@@ -85,9 +82,24 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
             seen = seen & mask
         else:
             score = score + mask
-    score = np.where(seen, score, dtype(-np.inf))
-    top = score.max(axis=3, keepdims=True, initial=-np.inf)
     sink = None if sinks is None else sinks[heads][:, None, None].astype(dtype)
+    return _softmax(np.where(seen, score, dtype(-np.inf)), sink)
+
+
+def _seen(position, j, ends, left, right):
+    """Which keys j a query at `position` sees, of sequences that end at `ends` (B,); -1 is no bound."""
+    seen = j < ends[:, None, None, None]
+    if left >= 0:
+        seen = seen & (j >= position - left)
+    if right >= 0:
+        seen = seen & (j <= position + right)
+    return seen
+
+
+def _softmax(score, sink):
+    """Of each row, with one more logit `sink` (None: without) that has no weight; 0 where a row is -inf."""
+    dtype = score.dtype.type
+    top = score.max(axis=3, keepdims=True, initial=-np.inf)
     if sink is not None:
         top = np.maximum(top, sink)
     top = np.where(top == -np.inf, dtype(0), top)

@@ -222,6 +222,11 @@ def alibi_slopes(num_heads):
     ndarray, (num_heads,), float32
         ``2^(-8 h / n)``, h = 1 ... n, for a power of two n. For another number, those of the largest power of two
         below it, followed by every other one of twice as many heads, as the paper's code has it.
+
+    Raises
+    ------
+    ValueError
+        If `num_heads` is below 1.
     """
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads must be at least 1, got {num_heads}")

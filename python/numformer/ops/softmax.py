@@ -22,6 +22,14 @@ def _along(kernel, op, x, axis):
     return moveaxis(rows, -1, axis), rows
 
 
+def _along_backward(kernel, dy, saved):
+    """The gradient of what went into :func:`_along`, in a tuple."""
+    rows, axis = saved
+    if axis == -1:
+        return (kernel(dy, rows),)
+    return (moveaxis(kernel(moveaxis(dy, axis, -1), rows), -1, axis),)
+
+
 def softmax_forward(x, axis=-1):
     """Return ``(y, saved)``; `saved` is what :func:`softmax_backward` needs."""
     y, rows = _along(_core.softmax, "softmax", x, axis)
@@ -30,10 +38,7 @@ def softmax_forward(x, axis=-1):
 
 def softmax_backward(dy, saved):
     """Return the gradient of `x`, in a tuple."""
-    rows, axis = saved
-    if axis == -1:
-        return (_core.softmax_backward(dy, rows),)
-    return (moveaxis(_core.softmax_backward(moveaxis(dy, axis, -1), rows), -1, axis),)
+    return _along_backward(_core.softmax_backward, dy, saved)
 
 
 def softmax(x, axis=-1):
@@ -70,10 +75,7 @@ def log_softmax_forward(x, axis=-1):
 
 def log_softmax_backward(dy, saved):
     """Return the gradient of `x`, in a tuple."""
-    rows, axis = saved
-    if axis == -1:
-        return (_core.log_softmax_backward(dy, rows),)
-    return (moveaxis(_core.log_softmax_backward(moveaxis(dy, axis, -1), rows), -1, axis),)
+    return _along_backward(_core.log_softmax_backward, dy, saved)
 
 
 def log_softmax(x, axis=-1):

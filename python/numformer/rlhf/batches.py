@@ -95,6 +95,7 @@ class CompletionBatches(_Examples):
 
     @staticmethod
     def length(prompt, completion):
+        """Tokens of an example."""
         return len(prompt) + len(completion)
 
     @staticmethod
@@ -123,6 +124,7 @@ class PairBatches(_Examples):
 
     @staticmethod
     def length(chosen, rejected):
+        """Tokens of the longer one of a pair."""
         return max(len(chosen), len(rejected))
 
     @staticmethod

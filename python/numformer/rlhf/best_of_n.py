@@ -49,7 +49,7 @@ def best_of_n(model, prompts, n, reward_fn, *, rng, max_new_tokens, batch=64, **
 
 
 def best_of_n_kl(n):
-    """The most that best of n can move from the policy it samples from: ``log n - (n - 1) / n`` nats."""
+    """The most that best of n, an int, can move from the policy it samples from: ``log n - (n - 1) / n`` nats."""
     return math.log(n) - (n - 1) / n
 
 

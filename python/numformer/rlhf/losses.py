@@ -156,7 +156,10 @@ def reward_model_loss(chosen, rejected, margin=0.0, *, centering=0.0):
 
 
 def reward_accuracy(chosen, rejected):
-    """The share of pairs whose better completion has the higher score, as a float; equal scores count half."""
+    """The share of pairs whose better completion has the higher score, as a float; equal scores count half.
+
+    Arguments and errors as :func:`reward_model_loss`.
+    """
     chosen, rejected = (constant(x) for x in floats("reward_accuracy", chosen=chosen, rejected=rejected))
     same_shape("reward_accuracy", chosen=chosen, rejected=rejected)
     return float(((chosen > rejected) + 0.5 * (chosen == rejected)).sum() / max(chosen.size, 1))
