@@ -200,6 +200,13 @@ def route_expert_choice(logits, capacity, *, token_mask=None):
     -------
     Routing
         Ties go to the earliest token. The weights are the probabilities, not normalized.
+
+    Raises
+    ------
+    ValueError
+        If `logits` has not two axes and an expert, or `capacity` is below 0.
+    TypeError
+        If `logits` is not float32 or float64, or `token_mask` not bool.
     """
     parts = []
     mask = _token_mask(token_mask, "route_expert_choice")
@@ -231,6 +238,13 @@ def dispatch(x, routing):
     -------
     (rows, d) ndarray, or Tensor where `x` is one
         Rows ``routing.offsets[e]:routing.offsets[e + 1]`` are for expert e.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not float32 or float64.
+    ValueError
+        If `x` has not the tokens of `routing`.
     """
     return apply(dispatch_forward, dispatch_backward, x, routing=routing)
 
@@ -262,6 +276,13 @@ def combine(y, routing):
     Returns
     -------
     (T, d) ndarray, or Tensor where `y` or ``routing.weight`` is one
+
+    Raises
+    ------
+    TypeError
+        If `y` is not float32 or float64, or of another dtype than ``routing.weight``.
+    ValueError
+        If `y` has not the rows of `routing`.
     """
     return apply(combine_forward, combine_backward, y, routing.weight, routing=routing)
 
@@ -318,6 +339,13 @@ def mlp(x, routing, gate_up, down, *, activation="swiglu"):
     -------
     (T, d) ndarray, or Tensor where an operand is one
         A token's bits do not depend on the other tokens. Dropped slots add nothing.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32 or float64, or the dtypes differ.
+    ValueError
+        If a shape does not fit, or the activation is another.
     """
     return apply(mlp_forward, mlp_backward, x, routing.weight, gate_up, down, routing=routing, activation=activation)
 
@@ -369,6 +397,11 @@ def load_balancing_loss(routing, *, form="switch"):
     -------
     0-d ndarray, or Tensor where the routing's probabilities are one
         The gradient goes through the probabilities, f is constant.
+
+    Raises
+    ------
+    ValueError
+        If `form` is another.
     """
     return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing.probabilities,
                  chosen=routing.chosen, top_k=routing.row.shape[1], tokens=routing.tokens, form=form,
@@ -418,6 +451,13 @@ def router_z_loss(logits, *, token_mask=None):
     Returns
     -------
     0-d ndarray, or Tensor where `logits` is one
+
+    Raises
+    ------
+    TypeError
+        If `logits` is not float32 or float64, or `token_mask` not bool.
+    ValueError
+        If `logits` has not two axes and an expert, or `token_mask` not the shape (T,).
     """
     return apply(router_z_loss_forward, router_z_loss_backward, logits,
                  token_mask=_token_mask(token_mask, "router_z_loss"))

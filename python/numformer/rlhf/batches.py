@@ -19,16 +19,16 @@ class _Examples:
     batches, and these are shuffled. `seed` and the epoch's number alone decide it.
     """
 
-    def __init__(self, examples, batch, seed, stretch):
+    def __init__(self, pairs, batch, *, seed=0, stretch=8):
         name = type(self).__name__
         if batch < 1 or stretch < 1:
             raise ValueError(f"{name}: batch and stretch must be 1 or more, got {batch} and {stretch}")
-        if not examples:
+        if not pairs:
             raise ValueError(f"{name}: there are no examples")
-        for i, parts in enumerate(examples):
+        for i, parts in enumerate(pairs):
             if len(parts) != 2 or not all(len(part) for part in parts):
                 raise ValueError(f"{name}: example {i} must be two lists of token ids that are not empty, got {parts}")
-        self.examples = [tuple(np.asarray(part, np.int64) for part in parts) for parts in examples]
+        self.examples = [tuple(np.asarray(part, np.int64) for part in parts) for parts in pairs]
         self.batch, self.seed, self.stretch = batch, seed, stretch
         self.lengths = np.array([self.length(*parts) for parts in self.examples])
         self.checksum = 0
@@ -90,9 +90,6 @@ class CompletionBatches(_Examples):
         Batches within which examples are sorted by length; 1 mixes all lengths.
     """
 
-    def __init__(self, pairs, batch, *, seed=0, stretch=8):
-        super().__init__(pairs, batch, seed, stretch)
-
     @staticmethod
     def length(prompt, completion):
         """Tokens of an example."""
@@ -118,9 +115,6 @@ class PairBatches(_Examples):
     stretch : int
         Batches within which pairs are sorted by length; 1 mixes all lengths.
     """
-
-    def __init__(self, pairs, batch, *, seed=0, stretch=8):
-        super().__init__(pairs, batch, seed, stretch)
 
     @staticmethod
     def length(chosen, rejected):
