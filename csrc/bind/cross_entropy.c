@@ -42,11 +42,30 @@ number(PyObject *object)
 
 enum { MEAN, SUM, NONE }; /* how losses are reduced */
 
-/* Exponentials of a row. */
-static double
-loss_cost(npy_intp n)
+/* `args`: ignore_index, smoothing, z_loss, scale, sign. What both ways of the loss read of them and
+   of the rows; -1 with an error. */
+static int
+read_loss(PyObject *const *args, const loss_rows *r, const char *op, nf_cross_entropy *a)
 {
-    return 2 * (double)n + 100;
+    *a = (nf_cross_entropy){.logits = r->logits.data,
+                            .targets = PyArray_DATA(r->targets),
+                            .logits_step = r->logits.step,
+                            .ignore_index = PyLong_AsLongLong(args[0]),
+                            .smoothing = number(args[1]),
+                            .z_loss = number(args[2]),
+                            .scale = number(args[3]),
+                            .sign = number(args[4]),
+                            .n = (size_t)r->logits.n};
+    return PyErr_Occurred()
+               ? -1
+               : nf_check_ids(r->targets, r->logits.n, a->ignore_index, op, "targets");
+}
+
+/* Runs a kernel over the rows, whose cost is that of exponentials. */
+static int
+run(nf_row_kernel *kernel, const void *args, const loss_rows *r, const char *op)
+{
+    return nf_run_rows(kernel, args, r->logits.rows, 2 * (double)r->logits.n + 100, op);
 }
 
 /* (logits, targets, ignore_index, smoothing, z_loss, scale, sign, reduction)
@@ -62,12 +81,9 @@ cross_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (nf_check_count(op, count, 8) < 0 || loss_rows_of(args[0], args[1], op, &r) < 0) {
         goto fail;
     }
-    const int64_t ignore = PyLong_AsLongLong(args[2]);
-    const double smoothing = number(args[3]), z_loss = number(args[4]);
-    const double scale = number(args[5]), sign = number(args[6]);
     const long reduction = PyLong_AsLong(args[7]);
-    if (PyErr_Occurred()
-        || nf_check_ids(r.targets, r.logits.n, ignore, op, "targets") < 0) {
+    nf_cross_entropy a;
+    if (read_loss(args + 2, &r, op, &a) < 0) {
         goto fail;
     }
     const int type = PyArray_TYPE(r.logits.array);
@@ -76,25 +92,15 @@ cross_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (loss == NULL || lse == NULL) {
         goto fail;
     }
-    const nf_cross_entropy a = {.logits = r.logits.data,
-                                .targets = PyArray_DATA(r.targets),
-                                .loss = PyArray_DATA(loss),
-                                .lse = PyArray_DATA(lse),
-                                .logits_step = r.logits.step,
-                                .ignore_index = ignore,
-                                .scale = scale,
-                                .smoothing = smoothing,
-                                .z_loss = z_loss,
-                                .sign = sign,
-                                .n = (size_t)r.logits.n};
-    if (nf_run_rows(PICK(cross_entropy, type), &a, r.logits.rows, loss_cost(r.logits.n), op)
-        < 0) {
+    a.loss = PyArray_DATA(loss);
+    a.lse = PyArray_DATA(lse);
+    if (run(PICK(cross_entropy, type), &a, &r, op) < 0) {
         goto fail;
     }
     const size_t rows = (size_t)r.logits.rows;
     size_t counted = rows;
     if (reduction != NONE) {
-        counted = nf_count_other(a.targets, rows, ignore);
+        counted = nf_count_other(a.targets, rows, a.ignore_index);
         double value = nf_total(a.loss, rows, (size_t)PyArray_ITEMSIZE(loss));
         value = reduction == MEAN && counted > 0 ? value / (double)counted : value;
         sum = nf_new(0, NULL, type);
@@ -143,13 +149,13 @@ cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count
     if (lse == NULL) {
         goto fail;
     }
-    const int64_t ignore = PyLong_AsLongLong(args[4]);
-    const double smoothing = number(args[5]), z_loss = number(args[6]);
-    const double scale = number(args[7]), sign = number(args[8]),
-                 dy_scale = number(args[9]);
+    nf_cross_entropy a;
+    if (read_loss(args + 4, &r, op, &a) < 0) {
+        goto fail;
+    }
+    a.dy_scale = number(args[9]);
     const int single = PyObject_IsTrue(args[10]);
-    if (PyErr_Occurred()
-        || nf_check_ids(r.targets, r.logits.n, ignore, op, "targets") < 0) {
+    if (PyErr_Occurred()) {
         goto fail;
     }
     dy = of_rows(args[0], r.logits.array, single, op, "dy");
@@ -157,23 +163,11 @@ cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count
     if (dlogits == NULL) {
         goto fail;
     }
-    const nf_cross_entropy a = {.logits = r.logits.data,
-                                .targets = PyArray_DATA(r.targets),
-                                .lse = PyArray_DATA(lse),
-                                .dy = PyArray_DATA(dy),
-                                .dlogits = PyArray_DATA(dlogits),
-                                .dy_scale = dy_scale,
-                                .logits_step = r.logits.step,
-                                .dy_step = !single,
-                                .ignore_index = ignore,
-                                .scale = scale,
-                                .smoothing = smoothing,
-                                .z_loss = z_loss,
-                                .sign = sign,
-                                .n = (size_t)r.logits.n};
-    if (nf_run_rows(PICK(cross_entropy_backward, type), &a, r.logits.rows,
-                    loss_cost(r.logits.n), op)
-        < 0) {
+    a.lse = PyArray_DATA(lse);
+    a.dy = PyArray_DATA(dy);
+    a.dlogits = PyArray_DATA(dlogits);
+    a.dy_step = !single;
+    if (run(PICK(cross_entropy_backward, type), &a, &r, op) < 0) {
         Py_CLEAR(dlogits);
     }
 fail:
@@ -211,9 +205,7 @@ softmax_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
                           .logits_step = r.logits.step,
                           .scale = scale,
                           .n = (size_t)r.logits.n};
-    if (nf_run_rows(PICK(softmax_entropy, type), &a, r.logits.rows, loss_cost(r.logits.n),
-                    op)
-        < 0) {
+    if (run(PICK(softmax_entropy, type), &a, &r, op) < 0) {
         goto fail;
     }
     result = PyTuple_Pack(2, entropy, lse);
@@ -256,9 +248,7 @@ softmax_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t cou
                           .dy_step = 1,
                           .scale = scale,
                           .n = (size_t)r.logits.n};
-    if (nf_run_rows(PICK(softmax_entropy_backward, type), &a, r.logits.rows,
-                    loss_cost(r.logits.n), op)
-        < 0) {
+    if (run(PICK(softmax_entropy_backward, type), &a, &r, op) < 0) {
         Py_CLEAR(dlogits);
     }
 fail:

@@ -46,6 +46,15 @@ matrix_at(PyArrayObject *array, npy_intp e)
     return m;
 }
 
+/* Room for a product of each group; NULL with MemoryError. */
+static nf_gemm *
+new_products(npy_intp groups, const char *op)
+{
+    nf_gemm *products = nf_pool_allocate((size_t)(groups + 1) * sizeof *products);
+    return nf_check_status(products == NULL ? NF_NO_MEMORY : NF_OK, op) < 0 ? NULL
+                                                                            : products;
+}
+
 static int
 run_groups(int type, nf_gemm *products, npy_intp groups, const char *op)
 {
@@ -96,9 +105,8 @@ grouped_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
     }
     const npy_intp shape[2] = {x.rows, out};
     y = nf_new(2, shape, type);
-    nf_gemm *products = nf_pool_allocate((size_t)(groups + 1) * sizeof *products);
-    if (y == NULL || products == NULL) {
-        nf_pool_free(products);
+    nf_gemm *products = y == NULL ? NULL : new_products(groups, op);
+    if (products == NULL) {
         Py_CLEAR(y);
         goto fail;
     }
@@ -157,9 +165,8 @@ grouped_outer(PyObject *module, PyObject *const *args, Py_ssize_t count)
     }
     const npy_intp shape[3] = {groups, a.columns, b.columns};
     y = nf_new(3, shape, type);
-    nf_gemm *products = nf_pool_allocate((size_t)(groups + 1) * sizeof *products);
-    if (y == NULL || products == NULL) {
-        nf_pool_free(products);
+    nf_gemm *products = y == NULL ? NULL : new_products(groups, op);
+    if (products == NULL) {
         Py_CLEAR(y);
         goto fail;
     }
