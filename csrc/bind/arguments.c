@@ -95,15 +95,21 @@ nf_needed(PyObject *object, int type, int ndim, const char *op, const char *name
     return array;
 }
 
+/* `object` as an array of this type and shape, borrowed. */
+static PyArrayObject *
+shaped(PyObject *object, int type, int ndim, const npy_intp *shape, const char *op,
+       const char *name)
+{
+    PyArrayObject *array = nf_needed(object, type, -1, op, name);
+    return array == NULL || nf_check_shape(array, ndim, shape, op, name) < 0 ? NULL : array;
+}
+
 PyArrayObject *
 nf_read(PyObject *object, int type, int ndim, const npy_intp *shape, const char *op,
         const char *name)
 {
-    PyArrayObject *array = nf_needed(object, type, -1, op, name);
-    if (array == NULL || nf_check_shape(array, ndim, shape, op, name) < 0) {
-        return NULL;
-    }
-    return nf_contiguous(array);
+    PyArrayObject *array = shaped(object, type, ndim, shape, op, name);
+    return array == NULL ? NULL : nf_contiguous(array);
 }
 
 int
@@ -118,11 +124,8 @@ PyArrayObject *
 nf_saved(PyObject *object, int type, int ndim, const npy_intp *shape, const char *op,
          const char *name)
 {
-    PyArrayObject *array = nf_needed(object, type, -1, op, name);
-    if (array == NULL || nf_check_shape(array, ndim, shape, op, name) < 0) {
-        return NULL;
-    }
-    if (!PyArray_IS_C_CONTIGUOUS(array)) {
+    PyArrayObject *array = shaped(object, type, ndim, shape, op, name);
+    if (array != NULL && !PyArray_IS_C_CONTIGUOUS(array)) {
         PyErr_Format(PyExc_ValueError, "%s: %s must be as the forward gave it", op, name);
         return NULL;
     }
