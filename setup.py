@@ -38,7 +38,7 @@ if TARGET.startswith("x86_64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     if os.environ.get("NUMFORMER_EMULATE"):
         FLAGS += ["-DNF_EMULATE"]
-        ISA_FLAGS["avx512"] = ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS.pop("avx2"), "-Wno-psabi"]
+        ISA_FLAGS["avx512"] = ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS.pop("avx2"), "-O1", "-Wno-psabi"]
     elif not os.environ.get("NUMFORMER_SANITIZE") or "avx512_vnni" in open("/proc/cpuinfo").read():
         ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
                                "-mprefer-vector-width=512"]
