@@ -54,7 +54,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
-       nf_any(where)                                 whether a lane of the vi32 is all ones, others 0
+       nf_any_negative(sign)                         whether the sign bit of a lane is set
+       nf_where_negative(sign, a, b)                 a in lanes whose sign bit is set, else b
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
        NF_OPAQUE(v)                                  from here on the compiler knows nothing

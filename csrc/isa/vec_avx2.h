@@ -96,9 +96,15 @@ nf_sqrt_f64(vf64 a)
 }
 
 NF_INLINE int
-nf_any(vi32 where)
+nf_any_negative(vf32 sign)
 {
-    return _mm256_movemask_ps((__m256)where) != 0;
+    return _mm256_movemask_ps((__m256)sign) != 0;
+}
+
+NF_INLINE vf32
+nf_where_negative(vf32 sign, vf32 a, vf32 b)
+{
+    return (vf32)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
 }
 
 /* Products of the even lanes and of the odd lanes are made apart. */

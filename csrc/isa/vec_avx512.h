@@ -88,9 +88,16 @@ nf_min_f64(vf64 a, vf64 b)
 }
 
 NF_INLINE int
-nf_any(vi32 where)
+nf_any_negative(vf32 sign)
 {
-    return _mm512_test_epi32_mask((__m512i)where, (__m512i)where) != 0;
+    return _mm512_movepi32_mask((__m512i)sign) != 0;
+}
+
+NF_INLINE vf32
+nf_where_negative(vf32 sign, vf32 a, vf32 b)
+{
+    return (vf32)_mm512_mask_mov_ps((__m512)b, _mm512_movepi32_mask((__m512i)sign),
+                                    (__m512)a);
 }
 
 NF_INLINE vf32

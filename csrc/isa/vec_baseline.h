@@ -43,10 +43,17 @@ nf_storen_f64(double *p, vf64 v, size_t n)
 }
 
 NF_INLINE int
-nf_any(vi32 where)
+nf_any_negative(vf32 sign)
 {
-    const vi64 both = (vi64)where;
+    const vi64 both = (vi64)((vi32)sign >> 31);
     return (both[0] | both[1]) != 0;
+}
+
+NF_INLINE vf32
+nf_where_negative(vf32 sign, vf32 a, vf32 b)
+{
+    const vi32 where = (vi32)sign >> 31;
+    return (vf32)(((vi32)a & where) | ((vi32)b & ~where));
 }
 
 /* One rounding is what these are for: float32 goes through float64, which is exact but for a

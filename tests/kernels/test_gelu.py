@@ -31,15 +31,25 @@ def test_bits_do_not_depend_on_threads_strides_or_company(threads):
     assert (nf.gelu(x[7, 9]) == whole[7, 9]).all()
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_bits_do_not_depend_on_how_large_the_neighbours_are(approximate):
+    x = np.random.default_rng(0).uniform(-8, 8, 400).astype(np.float32)
+    crowd = np.full((400, 16), -7, np.float32)
+    crowd[:, 3] = x
+    assert (nf.gelu(crowd, approximate)[:, 3] == [nf.gelu(v, approximate) for v in x]).all()
+
+
 def test_an_unknown_form_is_named_in_the_error():
     with pytest.raises(ValueError, match="approximate"):
         nf.gelu(np.zeros(3), approximate="fast")
 
 
 def everywhere():
-    """float32 numbers spread evenly over all there are, and the range where the forms bend."""
+    """float32 numbers spread evenly over all there are, where the forms bend, and where another way begins."""
     spread = np.linspace(0, 2**32 - 1, 200000).astype(np.uint32).view(np.float32)
-    return np.concatenate([spread[np.isfinite(spread)], np.linspace(-16, 16, 200000, dtype=np.float32),
+    ends = np.array([3.75, 4.9, 5.3, 5.6, 6], np.float32).view(np.int32)[:, None] + np.arange(-500, 500, dtype=np.int32)
+    ends = ends.ravel().view(np.float32)
+    return np.concatenate([spread[np.isfinite(spread)], ends, -ends, np.linspace(-16, 16, 200000, dtype=np.float32),
                            np.random.default_rng(0).uniform(-5, 0, 400000).astype(np.float32),
                            np.linspace(-70, -8, 50000, dtype=np.float32)])
 
