@@ -2,11 +2,20 @@
 
 #include <omp.h>
 #include <pthread.h>
+#include <stdatomic.h>
 
 #include "core/pool.h"
 
 /* Waking a thread and meeting it again takes some 3 us, 10 000 cycles. */
 #define WORTH_A_THREAD 40e3
+
+/* Tasks next .. end-1 are not begun. Each has a line of the cache to itself. */
+typedef struct {
+    _Alignas(64) atomic_size_t next;
+    size_t end;
+} share;
+
+enum { MOST_SHARES = 64 };
 
 static int requested; /* 0: as OpenMP says */
 static int forked;
@@ -38,8 +47,9 @@ nf_get_num_threads(void)
     return requested > 0 ? requested : omp_get_max_threads();
 }
 
-nf_status
-nf_parallel(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work)
+/* A thread runs its share, then what is left of the others'; with one share it is all in order. */
+static nf_status
+run(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work, int apart)
 {
     int threads = nf_get_num_threads();
     if (count < (size_t)threads) {
@@ -62,11 +72,37 @@ nf_parallel(size_t count, double cost, size_t scratch_bytes, nf_task task, void 
         }
     }
     else {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-        for (size_t i = 0; i < count; i++) {
-            task(i, work, scratch ? scratch + stride * (size_t)omp_get_thread_num() : NULL);
+        share shares[MOST_SHARES];
+        const size_t most = threads < MOST_SHARES ? (size_t)threads : MOST_SHARES;
+        const size_t n = apart ? most : 1;
+        for (size_t k = 0; k < n; k++) {
+            atomic_init(&shares[k].next, count * k / n);
+            shares[k].end = count * (k + 1) / n;
+        }
+#pragma omp parallel num_threads(threads)
+        {
+            const size_t own = (size_t)omp_get_thread_num();
+            char *const room = scratch != NULL ? scratch + stride * own : NULL;
+            for (size_t k = 0; k < n; k++) {
+                share *const from = &shares[(own + k) % n];
+                for (size_t i; (i = atomic_fetch_add(&from->next, 1)) < from->end;) {
+                    task(i, work, room);
+                }
+            }
         }
     }
     nf_pool_free(scratch);
     return NF_OK;
+}
+
+nf_status
+nf_parallel(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work)
+{
+    return run(count, cost, scratch_bytes, task, work, 0);
+}
+
+nf_status
+nf_parallel_apart(size_t count, double cost, nf_task task, void *work)
+{
+    return run(count, cost, 0, task, work, 1);
 }

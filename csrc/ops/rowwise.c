@@ -26,7 +26,7 @@ static nf_status
 run_blocks(nf_row_kernel *kernel, const void *args, size_t rows, size_t block, double cost)
 {
     row_work w = {kernel, args, rows, block};
-    return nf_parallel((rows + block - 1) / block, cost, 0, run_block, &w);
+    return nf_parallel_apart((rows + block - 1) / block, cost, run_block, &w);
 }
 
 nf_status
