@@ -11,12 +11,14 @@
 #include "core/threads.h"
 
 enum {
-    ENOUGH_TASKS = 16,   /* so that two to four threads end at about one time */
-    EVEN = 2,            /* blocks of rows come in pairs: two threads end together */
-    COLUMNS = 1536,      /* an element of A is packed once for so many columns, */
-    NARROW = 64,         /* or so many where A is little */
-    PACK_COLUMNS = 64,   /* of a task that packs */
-    FEW_BYTES = 1 << 17, /* of B to a task of few rows */
+    ENOUGH_TASKS = 16,      /* so that two to four threads end at about one time */
+    EVEN = 2,               /* blocks of rows come in pairs: two threads end together */
+    COLUMNS = 1536,         /* an element of A is packed once for so many columns, */
+    NARROW = 64,            /* or so many where A is little */
+    PACK_COLUMNS = 64,      /* of a task that packs */
+    FEW_BYTES = 1 << 19,    /* of B to a task of few rows: its first come unasked for, */
+    LITTLE_BYTES = 1 << 17, /* or so many where B has less than */
+    LITTLE_TASKS = 4,       /* so many tasks */
     PACKED_BYTES = 64
         << 20 /* held at once: above, a list goes in waves, a product in pieces */
 };
@@ -130,7 +132,9 @@ cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size
     piece c = {.p = p, .n0 = n0, .n1 = n1, .row_parts = 1, .few = kernels->few_fits(p)};
     if (c.few) {
         const size_t bytes = n * (p->k + 1) * kernels->itemsize;
-        c.column_parts = least(parts(bytes, FEW_BYTES), parts(n, kernels->columns));
+        const size_t tasks = greatest(parts(bytes, FEW_BYTES),
+                                      least(parts(bytes, LITTLE_BYTES), LITTLE_TASKS));
+        c.column_parts = least(tasks, parts(n, kernels->columns));
     }
     else if (is_packed(kernels, p)) {
         c.row_parts = parts(parts(p->m, kernels->block_rows), EVEN) * EVEN;
