@@ -88,9 +88,9 @@ nf_add_ufuncs(PyObject *module)
     static PyUFuncGenericFunction loops[2] = {loop, loop};
     /* Two signatures of up to NF_MAX_INPUTS + 1 operands, all of one type. */
     static char types[NF_MAX_INPUTS + 1][2 * (NF_MAX_INPUTS + 1)];
-    for (int operands = 2; operands <= NF_MAX_INPUTS + 1; operands++) {
-        memset(types[operands - 1], NPY_FLOAT, (size_t)operands);
-        memset(types[operands - 1] + operands, NPY_DOUBLE, (size_t)operands);
+    for (size_t operands = 2; operands <= NF_MAX_INPUTS + 1; operands++) {
+        memset(types[operands - 1], NPY_FLOAT, operands);
+        memset(types[operands - 1] + operands, NPY_DOUBLE, operands);
     }
     for (size_t i = 0; i < sizeof specs / sizeof *specs; i++) {
         ufunc_spec *s = &specs[i];
