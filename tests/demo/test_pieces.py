@@ -170,6 +170,10 @@ def test_score_of_a_function(body, ended, expected):
     assert score(FUNCTIONS, HEADER, body, ended) == expected
 
 
+def test_the_compilers_advice_on_a_sample_is_neither_shown_nor_an_error():
+    assert score(FUNCTIONS, HEADER, '    return a, b, "\\d"\n', True) == 1
+
+
 def test_repetition_costs():
     body = "    print(a, b)\n" * 8
     assert 0 < score(FUNCTIONS, HEADER, body, True) < 0.3

@@ -1,10 +1,18 @@
 """Prompts with completions cut from the corpus: functions of Python, or paragraphs where there are too few of them."""
 import ast
 import textwrap
+import warnings
 
-__all__ = ["FUNCTIONS", "PARAGRAPHS", "cut_functions", "cut_paragraphs", "named_arguments"]
+__all__ = ["FUNCTIONS", "PARAGRAPHS", "cut_functions", "cut_paragraphs", "named_arguments", "parse"]
 
 FUNCTIONS, PARAGRAPHS = "functions", "paragraphs"
+
+
+def parse(text):
+    """The tree of a Python source, without the compiler's advice on it: a model's samples need much."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
 
 
 def named_arguments(function):
@@ -21,7 +29,7 @@ def cut_functions(text):
     the body. Functions on one line, and sources that do not parse, give nothing.
     """
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
     lines = text.splitlines(keepends=True)
@@ -46,7 +54,7 @@ def cut_functions(text):
             continue
         body_text = textwrap.indent(inner, "    ").rstrip() + "\n"
         try:
-            ast.parse(header + body_text)
+            parse(header + body_text)
         except (SyntaxError, ValueError):
             continue
         found.append((header, body_text))

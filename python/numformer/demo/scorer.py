@@ -10,7 +10,7 @@ itself.
 import ast
 import re
 
-from numformer.demo.examples import FUNCTIONS, named_arguments
+from numformer.demo.examples import FUNCTIONS, named_arguments, parse
 
 __all__ = ["closed", "distinct", "score", "worth"]
 
@@ -28,7 +28,7 @@ def score(kind, prompt, completion, ended):
 def worth(header, body):
     """Half for parsing as one function, half for the share of its arguments that it reads."""
     try:
-        tree = ast.parse(header + body).body
+        tree = parse(header + body).body
         parses = len(tree) == 1 and isinstance(tree[0], ast.FunctionDef)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         parses = False
@@ -45,7 +45,7 @@ def worth(header, body):
 def _names(header):
     """The arguments of a header that itself parses; none of one that does not."""
     try:
-        return named_arguments(ast.parse(header + "    pass\n").body[0])
+        return named_arguments(parse(header + "    pass\n").body[0])
     except (SyntaxError, ValueError, IndexError, AttributeError):
         return []
 
