@@ -217,17 +217,17 @@ typedef struct {
     /* (B, H, Sq), packed (H, Tq): row i of head h of sequence b at b * rows_batch +
        h * rows_head + its row in the arrays; so are stats, dlse and dsinks */
     ptrdiff_t rows_batch, rows_head;
-    void *lse;   /* the natural logarithm of the sum; or NULL */
-    void *stats; /* (rows, 2): for the backward pass; or NULL */
+    void *lse;       /* the natural logarithm of the sum; or NULL */
+    void *stats;     /* (rows, 2): for the backward pass; or NULL */
+    void *workspace; /* 64-byte aligned; of the backward pass and of decode */
     /* of the backward pass alone */
     nf_heads dout, dq, dk, dv;
     const void *dlse; /* or NULL */
     nf_mask_gradient mask_gradient;
     void *dmask; /* zeros */
     ptrdiff_t dmask_strides[4];
-    void *dslopes;   /* (B, H, blocks of keys): the sum of each; or NULL */
-    void *dsinks;    /* of each row; or NULL */
-    void *workspace; /* 64-byte aligned */
+    void *dslopes; /* (B, H, blocks of keys): the sum of each; or NULL */
+    void *dsinks;  /* of each row; or NULL */
 } nf_attention;
 
 /* A task: the index-th of its pass. Every count and size follows from the shapes alone. */
@@ -240,11 +240,12 @@ typedef struct {
     ptrdiff_t (*forward_queries)(const nf_attention *p);
     nf_attention_size *forward_scratch;
     nf_attention_task *forward;
-    /* the same for sequences of at most decode_most queries: a task is one KV head, or
-       some. Where sequences are packed, the tasks of each pass leave out what is the other's. */
+    /* the same for sequences of at most decode_most queries, decode_begin before the tasks.
+       Where sequences are packed, the tasks of each pass leave out what is the other's. */
     ptrdiff_t (*decode_most)(const nf_attention *p);
+    nf_attention_size *decode_workspace, *decode_scratch;
+    void (*decode_begin)(const nf_attention *p);
     ptrdiff_t (*decode_tasks)(const nf_attention *p);
-    nf_attention_size *decode_scratch;
     nf_attention_task *decode;
     /* backward_begin comes before the tasks, which must start in ascending order: a later one
        waits for an earlier one. */

@@ -85,6 +85,24 @@ count_q_blocks(const nf_attention *p, ptrdiff_t queries)
                           : p->batch * blocks_of(p->queries, queries));
 }
 
+static nf_status
+decode(const nf_attention_kernels *kernels, nf_attention *p)
+{
+    const ptrdiff_t tasks = kernels->decode_tasks(p);
+    if (tasks == 0) {
+        return NF_OK;
+    }
+    p->workspace = nf_pool_allocate(kernels->decode_workspace(p));
+    if (p->workspace == NULL) {
+        return NF_NO_MEMORY;
+    }
+    kernels->decode_begin(p);
+    const nf_status status =
+        run(kernels->decode, p, tasks, cycles(p), kernels->decode_scratch(p));
+    nf_pool_free(p->workspace);
+    return status;
+}
+
 nf_status
 nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *shape)
 {
@@ -94,8 +112,7 @@ nf_attention_forward(const nf_attention_kernels *kernels, const nf_attention *sh
     nf_status status = lay_out(kernels, &p, queries, &blocks);
     const ptrdiff_t most = kernels->decode_most(&p);
     if (status == NF_OK && most > 0 && (p.q_starts || p.queries <= most)) {
-        status = run(kernels->decode, &p, kernels->decode_tasks(&p), cycles(&p),
-                     kernels->decode_scratch(&p));
+        status = decode(kernels, &p);
     }
     if (status == NF_OK && p.queries > most) {
         status = run(kernels->forward, &p, count_q_blocks(&p, queries), cycles(&p),

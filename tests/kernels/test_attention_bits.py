@@ -45,6 +45,39 @@ def test_a_cached_step_has_the_bits_of_the_full_forward(dim, value_dim, dtype, t
     assert (sdpa(q[:, :, -1:], k, v) == full[:, :, -1:]).all()
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (1100, 0), (40, -1)])
+@pytest.mark.parametrize("heads, kv_heads", [(4, 1), (6, 3)])
+def test_thousands_of_keys_have_the_same_bits_in_any_cut_of_the_work(heads, kv_heads, window, threads):
+    """Keys are summed in groups of 1024, which tasks of decode share where heads are few."""
+    sq, sk = 40, 3500
+    q, k, v = arrays(heads, kv_heads, sq, sk, 16, batch=2)
+    features = {"is_causal": True, "window_size": window, "kv_lengths": [sk, 2060], "return_lse": True}
+    full, full_lse = sdpa(q, k, v, **features)
+    for n in (1, 2, 3):
+        threads(n)
+        for step in (1, 7):
+            out, lse = sdpa(q[:, :, -step:], k, v, **features)
+            assert (out == full[:, :, -step:]).all() and (lse == full_lse[:, :, -step:]).all()
+    for n in (1023, 1024, 1025, 2048, 3001):
+        out, lse = sdpa(q[:, :, :1], k[:, :, :n], v[:, :, :n], is_causal=True, window_size=window, return_lse=True)
+        whole, whole_lse = sdpa(q, k[:, :, :n + sq - 1], v[:, :, :n + sq - 1], is_causal=True, window_size=window,
+                                return_lse=True)
+        assert (out[:, :, 0] == whole[:, :, 0]).all() and (lse[:, :, 0] == whole_lse[:, :, 0]).all()
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_not_a_number_in_one_group_of_keys_stays_with_the_rows_that_see_it(queries):
+    q, k, v = arrays(2, 1, queries, 3000, 16)
+    clean = sdpa(q, k, v, window_size=(800, 0))
+    v[:, :, 100], k[:, :, 200] = np.nan, np.nan
+    assert (sdpa(q, k, v, window_size=(800, 0)) == clean).all()
+    v[:, :, -1, 3] = np.nan
+    out = sdpa(q, k, v, window_size=(800, 0))
+    seen = np.zeros(out.shape, bool)
+    seen[:, :, -1, 3] = True
+    assert (np.isnan(out) == seen).all() and (out[~seen] == clean[~seen]).all()
+
+
 @pytest.mark.parametrize("cut", [1, 5, 16, 48, 100])
 def test_a_prefill_in_pieces_has_the_bits_of_the_whole(cut):
     q, k, v = arrays(2, 1, 200, 200, 24)
