@@ -28,11 +28,12 @@ read_offsets(PyObject *object, npy_intp groups, npy_intp rows, const char *op)
     return offsets;
 }
 
+/* The rows of group e. */
 static nf_matrix
-rows_between(nf_matrix m, int64_t begin, int64_t end, npy_intp itemsize)
+rows_of(nf_matrix m, const int64_t *offsets, npy_intp e)
 {
-    m.data = (char *)m.data + begin * m.row * itemsize;
-    m.rows = end - begin;
+    m.data = (char *)m.data + offsets[e] * m.row * PyArray_ITEMSIZE(m.array);
+    m.rows = offsets[e + 1] - offsets[e];
     return m;
 }
 
@@ -46,21 +47,29 @@ matrix_at(PyArrayObject *array, npy_intp e)
     return m;
 }
 
-/* Room for a product of each group; NULL with MemoryError. */
+/* An array for the result, and room for the product of each group; NULL with an error. */
 static nf_gemm *
-new_products(npy_intp groups, const char *op)
+new_products(npy_intp groups, int ndim, const npy_intp *shape, int type, PyArrayObject **y,
+             const char *op)
 {
     nf_gemm *products = nf_pool_allocate((size_t)(groups + 1) * sizeof *products);
-    return nf_check_status(products == NULL ? NF_NO_MEMORY : NF_OK, op) < 0 ? NULL
-                                                                            : products;
+    if (nf_check_status(products == NULL ? NF_NO_MEMORY : NF_OK, op) == 0
+        && (*y = nf_new(ndim, shape, type)) == NULL) {
+        nf_pool_free(products);
+        products = NULL;
+    }
+    return products;
 }
 
-static int
-run_groups(int type, nf_gemm *products, npy_intp groups, const char *op)
+/* Runs the products and frees them; the result, or NULL with an error. */
+static PyArrayObject *
+run_products(nf_gemm *products, npy_intp groups, PyArrayObject *y, const char *op)
 {
-    const int failed = nf_run_products(type, products, (size_t)groups, op);
+    if (nf_run_products(PyArray_TYPE(y), products, (size_t)groups, op) < 0) {
+        Py_CLEAR(y);
+    }
     nf_pool_free(products);
-    return failed;
+    return y;
 }
 
 /* grouped_linear(x, weight, offsets, bias, backward) -> x (T,K) by weight (E,N,K) to (T,N), plus
@@ -104,24 +113,19 @@ grouped_linear(PyObject *module, PyObject *const *args, Py_ssize_t count)
         goto fail;
     }
     const npy_intp shape[2] = {x.rows, out};
-    y = nf_new(2, shape, type);
-    nf_gemm *products = y == NULL ? NULL : new_products(groups, op);
+    nf_gemm *const products = new_products(groups, 2, shape, type, &y, op);
     if (products == NULL) {
-        Py_CLEAR(y);
         goto fail;
     }
-    const npy_intp item = PyArray_ITEMSIZE(y);
     for (npy_intp e = 0; e < groups; e++) {
         const nf_matrix of_group = matrix_at(w, e);
-        products[e] = nf_product_of(
-            rows_between(x, offsets[e], offsets[e + 1], item),
-            backward ? of_group : nf_transposed(of_group),
-            rows_between(nf_whole(y, x.rows, out), offsets[e], offsets[e + 1], item));
-        products[e].bias = bias == NULL ? NULL : PyArray_BYTES(bias) + e * out * item;
+        products[e] = nf_product_of(rows_of(x, offsets, e),
+                                    backward ? of_group : nf_transposed(of_group),
+                                    rows_of(nf_whole(y, x.rows, out), offsets, e));
+        products[e].bias =
+            bias == NULL ? NULL : PyArray_BYTES(bias) + e * PyArray_STRIDE(bias, 0);
     }
-    if (run_groups(type, products, groups, op) < 0) {
-        Py_CLEAR(y);
-    }
+    y = run_products(products, groups, y, op);
 fail:
     Py_XDECREF(x.array);
     Py_XDECREF(w);
@@ -164,21 +168,15 @@ grouped_outer(PyObject *module, PyObject *const *args, Py_ssize_t count)
         goto fail;
     }
     const npy_intp shape[3] = {groups, a.columns, b.columns};
-    y = nf_new(3, shape, type);
-    nf_gemm *products = y == NULL ? NULL : new_products(groups, op);
+    nf_gemm *const products = new_products(groups, 3, shape, type, &y, op);
     if (products == NULL) {
-        Py_CLEAR(y);
         goto fail;
     }
-    const npy_intp item = PyArray_ITEMSIZE(y);
     for (npy_intp e = 0; e < groups; e++) {
-        products[e] = nf_product_of(
-            nf_transposed(rows_between(a, offsets[e], offsets[e + 1], item)),
-            rows_between(b, offsets[e], offsets[e + 1], item), matrix_at(y, e));
+        products[e] = nf_product_of(nf_transposed(rows_of(a, offsets, e)),
+                                    rows_of(b, offsets, e), matrix_at(y, e));
     }
-    if (run_groups(type, products, groups, op) < 0) {
-        Py_CLEAR(y);
-    }
+    y = run_products(products, groups, y, op);
 fail:
     Py_XDECREF(a.array);
     Py_XDECREF(b.array);
