@@ -5,15 +5,10 @@
 #include "core/philox.h"
 #include "core/pool.h"
 #include "core/threads.h"
+#include "ops/parts.h"
 
 /* Long against the cost of handing out a task, short against a cache. */
 enum { CHUNK = 16384 };
-
-static size_t
-least(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
 
 typedef struct {
     nf_elementwise_kernel *kernel;
@@ -34,7 +29,7 @@ run_chunk(size_t index, void *pointer, void *scratch)
     for (int k = 0; k < w->inputs; k++) {
         in[k] = (const char *)w->in[k] + begin * w->itemsize;
     }
-    w->kernel(in, w->out + begin * w->itemsize, least(CHUNK, w->n - begin));
+    w->kernel(in, w->out + begin * w->itemsize, nf_least(CHUNK, w->n - begin));
 }
 
 nf_status
@@ -43,7 +38,7 @@ nf_elementwise(nf_elementwise_kernel *kernel, int inputs, size_t itemsize,
 {
     elementwise_work w = {kernel, inputs, itemsize, in, out, n};
     /* About a cycle an element from cache. */
-    return nf_parallel_apart((n + CHUNK - 1) / CHUNK, (double)n, run_chunk, &w);
+    return nf_parallel_apart(nf_parts(n, CHUNK), (double)n, run_chunk, &w);
 }
 
 typedef struct {
@@ -69,9 +64,9 @@ run_rows(size_t index, void *pointer, void *scratch)
     const rows_work *w = pointer;
     const size_t first = index / w->tasks_across * w->rows_of_task;
     const size_t column = index % w->tasks_across * w->columns_of_task;
-    const size_t n = least(w->columns_of_task, w->columns - column);
+    const size_t n = nf_least(w->columns_of_task, w->columns - column);
     const size_t offset = column * w->itemsize;
-    for (size_t row = first; row < least(first + w->rows_of_task, w->rows); row++) {
+    for (size_t row = first; row < nf_least(first + w->rows_of_task, w->rows); row++) {
         const void *in[NF_MAX_INPUTS];
         for (int k = 0; k < w->inputs; k++) {
             in[k] = place(w->in[k], row, offset);
@@ -116,9 +111,9 @@ nf_elementwise_rows(nf_elementwise_kernel *kernel, nf_elementwise_pair_kernel *p
         w.rows_of_task = CHUNK / columns;
     }
     else {
-        w.tasks_across = (columns + CHUNK - 1) / CHUNK;
+        w.tasks_across = nf_parts(columns, CHUNK);
     }
-    const size_t down = (rows + w.rows_of_task - 1) / w.rows_of_task;
+    const size_t down = nf_parts(rows, w.rows_of_task);
     return nf_parallel_apart(down * w.tasks_across, (double)rows * (double)columns,
                              run_rows, &w);
 }
@@ -141,7 +136,8 @@ sum_block(size_t index, void *pointer, void *scratch)
     (void)scratch;
     const sum_work *w = pointer;
     const size_t bytes = w->columns * w->itemsize;
-    const size_t first = index * ROWS_OF_BLOCK, end = least(first + ROWS_OF_BLOCK, w->rows);
+    const size_t first = index * ROWS_OF_BLOCK,
+                 end = nf_least(first + ROWS_OF_BLOCK, w->rows);
     char *const sum = w->sums + index * bytes;
     memcpy(sum, place(w->x, first, 0), bytes);
     for (size_t row = first + 1; row < end; row++) {
@@ -154,7 +150,7 @@ nf_sum_rows(nf_add_row_kernel *add, size_t itemsize, nf_rows x, size_t rows, siz
             void *sum)
 {
     const size_t bytes = columns * itemsize;
-    const size_t blocks = (rows + ROWS_OF_BLOCK - 1) / ROWS_OF_BLOCK;
+    const size_t blocks = nf_parts(rows, ROWS_OF_BLOCK);
     if (blocks == 0 || bytes == 0) {
         memset(sum, 0, bytes);
         return NF_OK;
@@ -200,7 +196,7 @@ run_dropout(size_t index, void *pointer, void *scratch)
     (void)scratch;
     const dropout_work *w = pointer;
     const size_t begin = index * CHUNK, offset = begin * w->itemsize;
-    w->kernel(w->x + offset, w->y + offset, least(CHUNK, w->n - begin), w->key, begin,
+    w->kernel(w->x + offset, w->y + offset, nf_least(CHUNK, w->n - begin), w->key, begin,
               w->threshold, w->scale);
 }
 
@@ -213,5 +209,5 @@ nf_dropout(nf_dropout_kernel *kernel, size_t itemsize, const void *x, void *y, s
         return NF_OK;
     }
     dropout_work w = {kernel, itemsize, x, y, n, key, (uint32_t)(p * 0x1p32), 1 / (1 - p)};
-    return nf_parallel_apart((n + CHUNK - 1) / CHUNK, 3 * (double)n, run_dropout, &w);
+    return nf_parallel_apart(nf_parts(n, CHUNK), 3 * (double)n, run_dropout, &w);
 }

@@ -9,6 +9,7 @@
 
 #include "core/pool.h"
 #include "core/threads.h"
+#include "ops/parts.h"
 
 enum {
     ENOUGH_TASKS = 16,      /* so that two to four threads end at about one time */
@@ -40,18 +41,6 @@ typedef struct {
 } gemm_work;
 
 static inline size_t
-parts(size_t n, size_t most)
-{
-    return (n + most - 1) / most;
-}
-
-static inline size_t
-least(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
-static inline size_t
 greatest(size_t a, size_t b)
 {
     return a > b ? a : b;
@@ -61,7 +50,7 @@ greatest(size_t a, size_t b)
 static inline size_t
 boundary(size_t n, size_t unit, size_t i, size_t count)
 {
-    return least(n, parts(n, unit) * i / count * unit);
+    return nf_least(n, nf_parts(n, unit) * i / count * unit);
 }
 
 /* ---- tasks ---- */
@@ -86,7 +75,7 @@ pack(size_t index, void *pointer, void *scratch)
     const gemm_work *const w = pointer;
     const piece *const c = piece_of(w, index, 1);
     const size_t n0 = c->n0 + (index - c->first_pack) * PACK_COLUMNS;
-    w->kernels->pack(c->p, &c->panels, n0, least(n0 + PACK_COLUMNS, c->n1));
+    w->kernels->pack(c->p, &c->panels, n0, nf_least(n0 + PACK_COLUMNS, c->n1));
 }
 
 static void
@@ -121,30 +110,31 @@ static size_t
 packed_bytes(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n)
 {
     return is_packed(kernels, p)
-               ? parts(n, kernels->columns) * kernels->columns * p->k * kernels->itemsize
+               ? nf_parts(n, kernels->columns) * kernels->columns * p->k * kernels->itemsize
                : 0;
 }
 
 static piece
 cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size_t products)
 {
-    const size_t n = n1 - n0, wanted = parts(ENOUGH_TASKS, products);
+    const size_t n = n1 - n0, wanted = nf_parts(ENOUGH_TASKS, products);
     piece c = {.p = p, .n0 = n0, .n1 = n1, .row_parts = 1, .few = kernels->few_fits(p)};
     if (c.few) {
         const size_t bytes = n * (p->k + 1) * kernels->itemsize;
-        const size_t tasks = greatest(parts(bytes, FEW_BYTES),
-                                      least(parts(bytes, LITTLE_BYTES), LITTLE_TASKS));
-        c.column_parts = least(tasks, parts(n, kernels->columns));
+        const size_t tasks =
+            greatest(nf_parts(bytes, FEW_BYTES),
+                     nf_least(nf_parts(bytes, LITTLE_BYTES), LITTLE_TASKS));
+        c.column_parts = nf_least(tasks, nf_parts(n, kernels->columns));
     }
     else if (is_packed(kernels, p)) {
-        c.row_parts = parts(parts(p->m, kernels->block_rows), EVEN) * EVEN;
-        c.column_parts = least(parts(wanted, c.row_parts), parts(n, COLUMNS));
-        c.pack_parts = parts(n, PACK_COLUMNS);
+        c.row_parts = nf_parts(nf_parts(p->m, kernels->block_rows), EVEN) * EVEN;
+        c.column_parts = nf_least(nf_parts(wanted, c.row_parts), nf_parts(n, COLUMNS));
+        c.pack_parts = nf_parts(n, PACK_COLUMNS);
         c.panels =
-            (nf_gemm_panels){NULL, n0, parts(n, kernels->columns) * kernels->columns};
+            (nf_gemm_panels){NULL, n0, nf_parts(n, kernels->columns) * kernels->columns};
     }
     else {
-        c.column_parts = least(wanted, parts(n, NARROW));
+        c.column_parts = nf_least(wanted, nf_parts(n, NARROW));
     }
     return c;
 }
@@ -198,7 +188,7 @@ pieces_of(const nf_gemm_kernels *kernels, const nf_gemm *p)
 {
     return p->m == 0 || p->n == 0
                ? 0
-               : greatest(1, parts(packed_bytes(kernels, p, p->n), PACKED_BYTES));
+               : greatest(1, nf_parts(packed_bytes(kernels, p, p->n), PACKED_BYTES));
 }
 
 nf_status

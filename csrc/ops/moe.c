@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "core/threads.h"
+#include "ops/parts.h"
 
 /* Tokens are independent; a task has about this many bytes of them. */
 enum { TASK_BYTES = 1 << 17 };
@@ -19,24 +20,18 @@ typedef struct {
     size_t width;
 } moe_work;
 
-static inline size_t
-least(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Runs `task` over the tokens, each of which touches `bytes`. */
 static nf_status
 over_tokens(moe_work *w, size_t bytes, double cost, size_t scratch, nf_task task)
 {
     w->tokens_of_task = TASK_BYTES / (bytes + 1) + 1;
-    const size_t tasks = (w->tokens + w->tokens_of_task - 1) / w->tokens_of_task;
+    const size_t tasks = nf_parts(w->tokens, w->tokens_of_task);
     return nf_parallel(tasks, cost * (double)w->tokens, scratch, task, w);
 }
 
 #define FOR_TOKENS(w, t)                                                                   \
     for (size_t t = index * (w)->tokens_of_task,                                           \
-                t##_end = least((w)->tokens, t + (w)->tokens_of_task);                     \
+                t##_end = nf_least((w)->tokens, t + (w)->tokens_of_task);                  \
          t < t##_end; t++)
 
 static void

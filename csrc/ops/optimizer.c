@@ -4,6 +4,7 @@
 
 #include "core/pool.h"
 #include "core/threads.h"
+#include "ops/parts.h"
 
 /* 64 KB of each array: long against handing out a task, and of a few pages. */
 enum { CHUNK = 16384 };
@@ -24,7 +25,7 @@ number_tasks(const nf_parameter *parameters, size_t count, size_t *first)
     size_t tasks = 0;
     for (size_t i = 0; i < count; i++) {
         first[i] = tasks;
-        tasks += (parameters[i].n + CHUNK - 1) / CHUNK;
+        tasks += nf_parts(parameters[i].n, CHUNK);
     }
     first[count] = tasks;
     return tasks;

@@ -10,6 +10,7 @@
 
 #include "core/pool.h"
 #include "core/threads.h"
+#include "ops/parts.h"
 
 enum {
     RUN = 96,          /* rows */
@@ -21,21 +22,9 @@ enum {
 };
 
 static inline size_t
-least(size_t a, size_t b)
-{
-    return a < b ? a : b;
-}
-
-static inline size_t
-blocks_of(size_t n, size_t block)
-{
-    return (n + block - 1) / block;
-}
-
-static inline size_t
 round_up(size_t n, size_t multiple)
 {
-    return blocks_of(n, multiple) * multiple;
+    return nf_parts(n, multiple) * multiple;
 }
 
 /* Part i of n things cut into `parts` parts, as even as can be: first and count. */
@@ -44,7 +33,7 @@ cut(size_t n, size_t parts, size_t i, size_t *count)
 {
     const size_t base = n / parts, extra = n % parts;
     *count = base + (i < extra);
-    return i * base + least(i, extra);
+    return i * base + nf_least(i, extra);
 }
 
 /* ---- packing ---- */
@@ -54,11 +43,11 @@ set_shape(nf_quant_weights *w, size_t n, size_t k, size_t group, int bits, int h
 {
     w->n = n;
     w->k = k;
-    w->group = least(group, k);
-    w->groups = blocks_of(k, w->group);
+    w->group = nf_least(group, k);
+    w->groups = nf_parts(k, w->group);
     w->step = round_up(w->group, 8);
     w->depth = (w->groups - 1) * w->step + round_up(k - (w->groups - 1) * w->group, 8);
-    w->panels = blocks_of(n, NF_QUANT_PANEL);
+    w->panels = nf_parts(n, NF_QUANT_PANEL);
     w->bits = bits;
     w->half = half;
 }
@@ -87,7 +76,7 @@ pack_panel(size_t p, void *pointer, void *scratch)
     const size_t row_bytes = bits == 8 ? w->k : (w->k + 1) / 2;
     const size_t values = 32 / (size_t)bits; /* of a column in each step */
     uint8_t *const out = job->out + p * w->depth * (size_t)bits / 8 * NF_QUANT_PANEL;
-    const size_t columns = least(NF_QUANT_PANEL, w->n - p * NF_QUANT_PANEL);
+    const size_t columns = nf_least(NF_QUANT_PANEL, w->n - p * NF_QUANT_PANEL);
     const uint8_t *const rows = job->u + p * NF_QUANT_PANEL * row_bytes;
     size_t done = 0; /* depths; all but the last few where the layout has no gaps */
     if (columns == NF_QUANT_PANEL && (w->groups == 1 || w->step == w->group)) {
@@ -97,7 +86,7 @@ pack_panel(size_t p, void *pointer, void *scratch)
     memset(out + done / values * NF_QUANT_PANEL * 4, 0,
            (w->depth - done) * (size_t)bits / 8 * NF_QUANT_PANEL);
     for (size_t g = 0; g < w->groups; g++) {
-        const size_t first = g * w->group, length = least(w->group, w->k - first);
+        const size_t first = g * w->group, length = nf_least(w->group, w->k - first);
         for (size_t c = 0; c < columns; c++) {
             const uint8_t *const row = rows + c * row_bytes;
             uint8_t *const to = out + g * w->step / values * NF_QUANT_PANEL * 4 + c * 4;
@@ -189,7 +178,7 @@ quantize_rows(size_t index, void *pointer, void *scratch)
 {
     (void)scratch;
     const product *const p = pointer;
-    const size_t end = least(p->rows, (index + 1) * ROWS_OF_TASK);
+    const size_t end = nf_least(p->rows, (index + 1) * ROWS_OF_TASK);
     for (size_t row = index * ROWS_OF_TASK; row < end; row++) {
         if (p->integers != NULL) {
             nf_kernels.quant->copy(p->w, (const int8_t *)p->in + row * p->w->k, &p->x, row);
@@ -206,7 +195,7 @@ static void
 activate(const product *p, size_t row, size_t rows, size_t panel, size_t panels)
 {
     const size_t begin = panel * NF_QUANT_PANEL;
-    const size_t end = least(p->w->n, (panel + panels) * NF_QUANT_PANEL);
+    const size_t end = nf_least(p->w->n, (panel + panels) * NF_QUANT_PANEL);
     for (size_t i = row; p->activation != NULL && i < row + rows; i++) {
         float *const y = p->y + i * p->w->n + begin;
         const void *const in[1] = {y};
@@ -223,14 +212,14 @@ multiply_task(size_t index, void *pointer, void *scratch)
     size_t rows, panels;
     const size_t row = cut(p->rows, p->runs, index / p->strips, &rows);
     const size_t panel = cut(p->w->panels, p->strips, index % p->strips, &panels);
-    const size_t tiles = blocks_of(rows, kernels->rows);
-    const size_t step = kernels->panels[blocks_of(rows, tiles) - 1];
+    const size_t tiles = nf_parts(rows, kernels->rows);
+    const size_t step = kernels->panels[nf_parts(rows, tiles) - 1];
     for (size_t j = 0; j < panels; j += step) {
         for (size_t i = 0; i < tiles; i++) {
             nf_quant_tile tile = {.w = p->w,
                                   .x = &p->x,
                                   .panel = panel + j,
-                                  .panels = least(step, panels - j),
+                                  .panels = nf_least(step, panels - j),
                                   .bias = p->bias,
                                   .y = p->y,
                                   .integers = p->integers};
@@ -252,16 +241,16 @@ float_task(size_t index, void *pointer, void *scratch)
     const size_t row = cut(p->rows, p->runs, index / p->strips, &rows);
     const size_t panel = cut(w->panels, p->strips, index % p->strips, &panels);
     for (size_t j = panel; j < panel + panels; j++) {
-        const size_t columns = least(NF_QUANT_PANEL, w->n - j * NF_QUANT_PANEL);
+        const size_t columns = nf_least(NF_QUANT_PANEL, w->n - j * NF_QUANT_PANEL);
         for (size_t k = 0, end; k < w->k; k = end) {
-            const size_t group_end = least(w->k, (k / w->group + 1) * w->group);
-            end = least(group_end, k + FLOAT_DEPTH);
+            const size_t group_end = nf_least(w->k, (k / w->group + 1) * w->group);
+            end = nf_least(group_end, k + FLOAT_DEPTH);
             kernels->dequantize(w, j, k, end, scratch);
             for (size_t i = 0; i < rows; i += kernels->float_rows) {
                 kernels->multiply_floats(
                     (const float *)p->in + (row + i) * w->k + k, w->k, scratch, end - k,
                     p->y + (row + i) * w->n + j * NF_QUANT_PANEL, w->n,
-                    least(kernels->float_rows, rows - i), columns, k == 0);
+                    nf_least(kernels->float_rows, rows - i), columns, k == 0);
             }
         }
         for (size_t i = row; p->bias != NULL && i < row + rows; i++) {
@@ -281,8 +270,8 @@ cut_product(product *p)
     const size_t panel_bytes = w->depth * (size_t)w->bits / 8 * NF_QUANT_PANEL;
     const size_t most =
         p->rows <= nf_kernels.quant->rows ? STREAM / panel_bytes + 1 : STRIP;
-    p->runs = blocks_of(p->rows, RUN);
-    p->strips = blocks_of(w->panels, round_up(most, 4));
+    p->runs = nf_parts(p->rows, RUN);
+    p->strips = nf_parts(w->panels, round_up(most, 4));
 }
 
 /* About 16 products a cycle. */
@@ -309,7 +298,7 @@ multiply_integers(product *p)
     p->x.q = block;
     p->x.scale = (float *)(block + rows * p->x.pitch);
     p->x.minus = (int32_t *)(p->x.scale + rows);
-    nf_status status = nf_parallel(blocks_of(rows, ROWS_OF_TASK),
+    nf_status status = nf_parallel(nf_parts(rows, ROWS_OF_TASK),
                                    (double)rows * (double)w->k / 2, 0, quantize_rows, p);
     if (status == NF_OK) {
         cut_product(p);

@@ -2,6 +2,7 @@
 
 #include "core/pool.h"
 #include "core/threads.h"
+#include "ops/parts.h"
 
 /* Long against the cost of handing out a task, short against all rows. */
 #define TASK_CYCLES 16e3
@@ -26,7 +27,7 @@ static nf_status
 run_blocks(nf_row_kernel *kernel, const void *args, size_t rows, size_t block, double cost)
 {
     row_work w = {kernel, args, rows, block};
-    return nf_parallel_apart((rows + block - 1) / block, cost, run_block, &w);
+    return nf_parallel_apart(nf_parts(rows, block), cost, run_block, &w);
 }
 
 nf_status
@@ -41,7 +42,7 @@ nf_status
 nf_norm_sums(nf_row_kernel *kernel, nf_row_kernel *column_sums, nf_norm_backward *args,
              size_t rows, int outputs, size_t itemsize, void *sums)
 {
-    const size_t blocks = (rows + NF_NORM_BLOCK - 1) / NF_NORM_BLOCK;
+    const size_t blocks = nf_parts(rows, NF_NORM_BLOCK);
     const size_t columns = (size_t)outputs * args->n;
     void *part = nf_pool_allocate((blocks > 0 ? blocks : 1) * columns * itemsize);
     if (part == NULL) {
