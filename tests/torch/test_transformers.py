@@ -43,6 +43,13 @@ def batch():
     return tokens, padding
 
 
+def padded_on(side, tokens, second, third):
+    """A mask with so much padding in the second and the third row."""
+    padding = torch.ones_like(tokens)
+    padding[1, :second] = padding[2, :third] = 0
+    return padding if side == "left" else padding.flip(1)
+
+
 def reference(name):
     return "eager" if name in ("gemma2", "gpt_oss") else "sdpa"     # sdpa has neither softcap nor sinks
 
@@ -89,10 +96,7 @@ def test_three_steps_of_training_are_those_of_the_reference(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation_of_a_padded_batch_is_that_of_eager_token_for_token(name, side, cache):
     tokens, _ = batch()
-    padding = torch.ones_like(tokens)
-    padding[1, :4] = padding[2, :2] = 0
-    if side == "right":         # a new token then sees the prompt on the far side of the padding
-        padding = padding.flip(1)
+    padding = padded_on(side, tokens, 4, 2)     # on the right, a new token sees the prompt on the far side of it
     ours, theirs = (
         model.generate(tokens, attention_mask=padding, max_new_tokens=12, do_sample=False, cache_implementation=cache,
                        disable_compile=True)
@@ -103,11 +107,8 @@ def test_generation_of_a_padded_batch_is_that_of_eager_token_for_token(name, sid
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_padded_batch_trains_as_by_eager_and_no_mask_of_queries_times_keys_is_made(name, side, monkeypatch):
-    tokens, padding = batch()
-    padding = torch.ones_like(tokens)
-    padding[1, :4] = padding[2, :9] = 0
-    if side == "right":
-        padding = padding.flip(1)
+    tokens, _ = batch()
+    padding = padded_on(side, tokens, 4, 9)
     positions = (padding.cumsum(1) - 1).clamp(min=0)
     labels = tokens.masked_fill(padding == 0, -100)
     labels[:, 1:][padding[:, :-1] == 0] = -100

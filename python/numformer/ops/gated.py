@@ -1,6 +1,7 @@
 """SiLU and the gated units: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202)."""
 from numformer import _core
 from numformer.ops.arguments import as_floats
+from numformer.ops.gelu import unknown_form
 from numformer.tensor import apply
 
 __all__ = ["geglu", "geglu_backward", "geglu_forward", "silu", "silu_backward", "silu_forward", "swiglu",
@@ -111,7 +112,7 @@ def geglu_forward(gate, up, approximate="none"):
     """Return ``(y, saved)``; `saved` is what :func:`geglu_backward` needs."""
     gate, up = as_floats(gate, "geglu", "gate"), as_floats(up, "geglu", "up")
     if approximate not in _FORMS:
-        raise ValueError(f'geglu: approximate must be "none", "tanh" or "quick", got {approximate!r}')
+        raise unknown_form("geglu", approximate)
     form = _FORMS[approximate]
     return _gated("geglu", form, gate, up), (form, gate, up)
 

@@ -10,7 +10,8 @@ _BACKWARD = {"none": _core.gelu_erf_backward, "tanh": _core.gelu_tanh_backward, 
 _BIAS_FORMS = {"none": 0, "tanh": 1, "quick": 2}    # of _core.bias_gelu
 
 
-def _unknown(op, approximate):
+def unknown_form(op, approximate):
+    """The error to raise where `approximate` is not the name of a form."""
     return ValueError(f'{op}: approximate must be "none", "tanh" or "quick", got {approximate!r}')
 
 
@@ -18,7 +19,7 @@ def gelu_forward(x, approximate="none", *, out=None):
     """Return ``(y, saved)``; `saved` is what :func:`gelu_backward` needs."""
     x = as_floats(x, "gelu", "x")
     if approximate not in _FORWARD:
-        raise _unknown("gelu", approximate)
+        raise unknown_form("gelu", approximate)
     return _core.pooled(_FORWARD[approximate], x, out=out), (x, approximate)
 
 
@@ -60,7 +61,7 @@ def bias_gelu_forward(x, bias, approximate="none"):
     """Return ``(y, saved)``; `saved` is what :func:`bias_gelu_backward` needs."""
     x, bias = as_floats(x, "bias_gelu", "x"), as_floats(bias, "bias_gelu", "bias")
     if approximate not in _BIAS_FORMS:
-        raise _unknown("bias_gelu", approximate)
+        raise unknown_form("bias_gelu", approximate)
     form = _BIAS_FORMS[approximate]
     return _core.bias_gelu(form, x, bias), (form, x, bias)
 
