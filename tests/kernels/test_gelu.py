@@ -61,6 +61,14 @@ def test_float32_errs_by_2_ulp_at_most(approximate):
     assert oracle.ulps(nf.gelu(x, approximate), want).max() <= 2
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_results_have_the_sign_of_x_where_they_underflow_to_0_too(approximate, dtype):
+    x = np.concatenate([everywhere(), [-np.inf, -1e38, -0.0, 0.0, np.inf]]).astype(dtype)
+    y = nf.gelu(x, approximate)
+    assert (y[x < -800] == 0).all() and (np.signbit(y) == np.signbit(x)).all()
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 def test_float64_is_that_of_mpmath_in_the_tail_too(approximate):
     formulas = {"none": lambda x: x * mpmath.erfc(-x / mpmath.sqrt(2)) / 2,
