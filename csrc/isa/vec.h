@@ -56,6 +56,10 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_sqrt_f32(a)                                the square root
        nf_any_negative(sign)                         whether the sign bit of a lane is set
        nf_where_negative(sign, a, b)                 a in lanes whose sign bit is set, else b
+       nf_pack_f32(p, places, sign, a, first)        stores the lanes of a whose sign bit is set
+                                                     in `sign` side by side, and at `places`
+                                                     their numbers plus `first`; how many they
+                                                     are. Of both a whole vector is written
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
        NF_OPAQUE(v)                                  from here on the compiler knows nothing

@@ -107,6 +107,29 @@ nf_where_negative(vf32 sign, vf32 a, vf32 b)
     return (vf32)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
 }
 
+/* Byte i of row m is the number of the i-th bit that is set in m. */
+#define NF_BEFORE(m, i) __builtin_popcount((m) & ((1 << (i)) - 1))
+#define NF_BYTE(m, i)   ((uint64_t)((m) >> (i) & 1) * (i) << 8 * NF_BEFORE(m, i))
+#define NF_ROW(m)                                                                          \
+    NF_BYTE(m, 1) | NF_BYTE(m, 2) | NF_BYTE(m, 3) | NF_BYTE(m, 4) | NF_BYTE(m, 5)          \
+        | NF_BYTE(m, 6) | NF_BYTE(m, 7)
+#define NF_ROWS4(m)  NF_ROW(m), NF_ROW(m + 1), NF_ROW(m + 2), NF_ROW(m + 3)
+#define NF_ROWS16(m) NF_ROWS4(m), NF_ROWS4(m + 4), NF_ROWS4(m + 8), NF_ROWS4(m + 12)
+#define NF_ROWS64(m) NF_ROWS16(m), NF_ROWS16(m + 16), NF_ROWS16(m + 32), NF_ROWS16(m + 48)
+static const uint64_t nf_set_bits[256] = {NF_ROWS64(0), NF_ROWS64(64), NF_ROWS64(128),
+                                          NF_ROWS64(192)};
+
+NF_INLINE size_t
+nf_pack_f32(float *p, int32_t *places, vf32 sign, vf32 a, int32_t first)
+{
+    const int mask = _mm256_movemask_ps((__m256)sign);
+    const __m256i lanes =
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&nf_set_bits[mask]));
+    _mm256_storeu_ps(p, _mm256_permutevar8x32_ps((__m256)a, lanes));
+    *(vi32 *)places = (vi32)lanes + first;
+    return (size_t)__builtin_popcount((unsigned)mask);
+}
+
 /* Products of the even lanes and of the odd lanes are made apart. */
 NF_INLINE vu32
 nf_product_u32(vu32 a, uint32_t b, vu32 *high)

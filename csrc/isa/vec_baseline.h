@@ -56,6 +56,18 @@ nf_where_negative(vf32 sign, vf32 a, vf32 b)
     return (vf32)(((vi32)a & where) | ((vi32)b & ~where));
 }
 
+NF_INLINE size_t
+nf_pack_f32(float *p, int32_t *places, vf32 sign, vf32 a, int32_t first)
+{
+    size_t count = 0;
+    for (int i = 0; i < 4; i++) {
+        p[count] = a[i];
+        places[count] = first + i;
+        count += ((vi32)sign)[i] < 0;
+    }
+    return count;
+}
+
 /* One rounding is what these are for: float32 goes through float64, which is exact but for a
    second rounding in rare ties; float64 takes libm's. */
 NF_INLINE vf32

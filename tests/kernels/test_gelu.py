@@ -39,6 +39,19 @@ def test_bits_do_not_depend_on_how_large_the_neighbours_are(approximate):
     assert (nf.gelu(crowd, approximate)[:, 3] == [nf.gelu(v, approximate) for v in x]).all()
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_bits_do_not_depend_on_where_a_number_stands(approximate):
+    x = np.random.default_rng(0).uniform(-17, 6, 1200).astype(np.float32)
+    x[::97] = [np.nan, -np.inf, np.inf, -0.0, 0.0, -3.75, 3.75, -14.6, -10.8, -1e38, 1e38, -1e-40, 5.5]
+    whole = np.array([nf.gelu(v, approximate) for v in x])
+    for begin, end in ((0, 1200), (1, 130), (5, 132), (127, 400), (129, 1199)):
+        np.testing.assert_array_equal(nf.gelu(x[begin:end], approximate), whole[begin:end])
+    biased = nf.bias_gelu(x.reshape(4, 300), np.zeros(300, np.float32), approximate)
+    np.testing.assert_array_equal(biased.ravel(), whole)
+    nf.gelu(x, approximate, out=x)
+    np.testing.assert_array_equal(x, whole)
+
+
 def test_an_unknown_form_is_named_in_the_error():
     with pytest.raises(ValueError, match="approximate"):
         nf.gelu(np.zeros(3), approximate="fast")
