@@ -224,26 +224,99 @@ def test_a_short_cache_gives_the_bits_of_its_numbers_in_one_piece(queries, size,
             assert same(out, want.astype(dtype)) and same(lse, want_lse)
 
 
+def int8_cache(lengths, size, heads, dim, value_dim, by_head=True):
+    """paged_attention's arguments behind the query: random keys and values in int8 whose slots beyond `lengths` hold
+    bytes of any value, and scales of NaN and inf."""
+    longest = max(lengths)
+    k, v = (tokens(len(lengths), heads, longest, d, seed=s) for s, d in enumerate((dim, value_dim)))
+    arguments, scales = [], {}
+    for name, x in (("key_scale", k), ("value_scale", v)):
+        bytes_, scale = quantized(x)
+        if not by_head:
+            scale[:] = scale[:, :1]
+        _, scale, table = paged(scale[..., None], scale[..., None], lengths, size)
+        if name == "value_scale":
+            scale[np.isnan(scale)] = np.inf
+        cache, _, _ = paged(bytes_.astype(np.float32), bytes_.astype(np.float32), lengths, size)
+        arguments.append(np.nan_to_num(cache, nan=-128).astype(np.int8))
+        scales[name] = scale[..., 0] if by_head else scale[:, :, 0, 0].copy()
+    return [*arguments, table, np.array(lengths)], scales
+
+
+def dequantized(arguments, scales):
+    scales = [s.reshape(*s.shape[:2], -1, 1) for s in scales.values()]
+    with np.errstate(invalid="ignore"):
+        return [*(x * s for x, s in zip(arguments, scales)), *arguments[2:]]
+
+
 @pytest.mark.parametrize("by_head", [False, True])
-@pytest.mark.parametrize("size, dim", [(16, 32), (5, 7), (128, 64)])
-def test_an_int8_cache_is_its_integers_times_the_scale_of_the_token(size, dim, by_head):
-    lengths, counts = np.array([200, 31, 0, 90]), [1, 31, 0, 40]
-    cu = starts(counts)
+@pytest.mark.parametrize("size, dim, value_dim", [(16, 32, 48), (5, 7, 9), (128, 64, 64), (32, 16, 20)])
+def test_an_int8_cache_is_its_integers_times_the_scale_of_the_token(size, dim, value_dim, by_head):
+    arguments, scales = int8_cache([200, 31, 0, 90], size, 2, dim, value_dim, by_head)
+    cu = starts([1, 31, 0, 40])
     q = tokens(cu[-1], 4, dim)
-    _, k, v = arrays(4, 2, 1, 200, dim, batch=4)
-    _, _, table = paged(k, v, lengths, size)
-    blocks = table.max() + 1
-    rng = np.random.default_rng(0)
-    caches, scales = [], []
-    for _ in range(2):
-        cache, scale = quantized(rng.standard_normal((blocks, size, 2, dim)).astype(np.float32))
-        caches.append(cache)
-        scales.append(scale if by_head else scale[:, :, 0].copy())
-    out, lse = nf.paged_attention(q, *caches, table, lengths, cu_seqlens_q=cu, key_scale=scales[0],
-                                  value_scale=scales[1], return_lse=True)
-    floats = [c.astype(np.float32) * (s[..., None] if by_head else s[..., None, None]) for c, s in zip(caches, scales)]
-    want, want_lse = nf.paged_attention(q, *floats, table, lengths, cu_seqlens_q=cu, return_lse=True)
-    assert same(out, want) and same(lse, want_lse)
+    floats = dequantized(arguments, scales)
+    for features in ({}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
+                     {"sinks": tokens(4)}):
+        out, lse = nf.paged_attention(q, *arguments, cu_seqlens_q=cu, return_lse=True, **scales, **features)
+        want, want_lse = nf.paged_attention(q, *floats, cu_seqlens_q=cu, return_lse=True, **features)
+        # the scale times a sum and the sum of scaled numbers differ by roundings: 2^-24 of each term
+        np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("dim", [16, 24, 64, 128])
+def test_rows_of_an_int8_cache_have_the_same_bits_in_blocks_of_any_size_and_in_steps(dim, by_head):
+    lengths, features = [290, 100, 129], {"window_size": (150, 0), "softcap": 3.0}
+    q = tokens(3, 4, 60, dim)
+    whole = None
+    for size in (290, 1, 16, 24, 32, 128):
+        (*caches, table, _), scales = int8_cache(lengths, size, 2, dim, dim + 8, by_head)
+        for every in (1, 2):                    # head: two queries of a head of keys, or one
+            for step in (60, 1, 3, 5, 9):
+                seen = np.array(lengths) - (60 - step if step < 60 else 0)
+                out, lse = nf.paged_attention(q[:, ::every, :step], *caches, table, seen, return_lse=True,
+                                              **scales, **features)
+                if whole is None:
+                    whole = out, lse
+                assert same(out, whole[0][:, ::every, :step]) and same(lse, whole[1][:, ::every, :step])
+
+
+@pytest.mark.parametrize("queries", [1, 9, 60])
+def test_rows_that_do_not_see_a_slot_do_not_depend_on_its_scale(queries):
+    lengths, window = [100, 300], (35, 0)
+    (*caches, table, lengths), scales = int8_cache(lengths, 16, 2, 32, 32)
+    q = tokens(2, 4, queries, 32)
+    clean = nf.paged_attention(q, *caches, table, lengths, window_size=window, return_lse=True, **scales)
+    assert all(np.isfinite(x).all() for x in clean)
+    first = lengths - queries                                       # position of the first query
+    for slot in (first - 37, first - 36, lengths - 4, lengths - 1):
+        block, at = table[np.arange(2), slot // 16], slot % 16
+        position = first[:, None] + np.arange(queries)
+        seen = (position >= slot[:, None]) & (position - slot[:, None] <= window[0])
+        hidden = np.broadcast_to(~seen[:, None], (2, 4, queries))
+        for value in (0, np.nan, np.inf, -np.inf, 1e30):
+            changed = {name: s.copy() for name, s in scales.items()}
+            for s in changed.values():
+                s[block, at] = value
+            out, lse = nf.paged_attention(q, *caches, table, lengths, window_size=window, return_lse=True, **changed)
+            assert same(out[hidden], clean[0][hidden]) and same(lse[hidden], clean[1][hidden])
+            assert (out[~hidden] != clean[0][~hidden]).all()
+
+
+def test_a_scale_of_zero_and_one_that_is_not_a_number():
+    (*caches, table, lengths), scales = int8_cache([70, 300], 16, 2, 32, 32)
+    for queries in (1, 60):
+        q = tokens(2, 4, queries, 32)
+        zeros = {name: np.zeros_like(s) for name, s in scales.items()}
+        out, lse = nf.paged_attention(q, *caches, table, lengths, return_lse=True, **zeros)
+        keys = lengths[:, None] - queries + 1 + np.arange(queries)
+        assert (out == 0).all()
+        np.testing.assert_allclose(lse, np.broadcast_to(np.log(keys)[:, None], lse.shape), rtol=1e-6)
+        for name, s in scales.items():
+            wrong = {**scales, name: np.full_like(s, np.nan)}
+            assert np.isnan(nf.paged_attention(q, *caches, table, lengths, **wrong)).all()
 
 
 def test_wrong_types_are_named_in_the_error():

@@ -126,7 +126,9 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
     scale, causal_align, window_size, softcap, alibi_slopes, sinks
         As in :func:`scaled_dot_product_attention`.
     key_scale, value_scale : array_like, (blocks, block_size) or (blocks, block_size, Hkv), float32
-        Of int8 caches, and of these alone: what the row of a token, or of one of its heads, is multiplied by.
+        Of int8 caches, and of these alone: what the row of a token, or of one of its heads, is multiplied by. The
+        kernel multiplies the score by the one and the weight by the other, so the result is that of the multiplied
+        rows but for roundings.
     return_lse : bool
         Return ``(out, lse)``, lse (B, H, Sq) or (Tq, H).
     out : ndarray of the result's shape, C-contiguous, optional
