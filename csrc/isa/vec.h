@@ -70,6 +70,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_store_half(p, v)                           floats as float16, ties to even
        nf_load_bfloat(p)                             bfloat16 numbers as floats
        nf_load_int8(p)                               signed bytes as floats
+       nf_byte_of(words, e)                          signed byte e of each lane times 2^24 as
+                                                     floats: exact
        nf_store_low_bytes(p, v)                      the lowest byte of every 32-bit lane
        nf_pairs_u8s8(a, b)                           sums of two products of bytes, as 16 bits;
                                                      a unsigned, b signed; they must fit

@@ -195,6 +195,18 @@ nf_load_int8(const int8_t *p)
         _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 }
 
+NF_INLINE vf32
+nf_byte_of(vi32 words, int e)
+{
+    const vi32 last = {0x00808080, 0x04808080, 0x08808080, 0x0c808080,
+                       0x00808080, 0x04808080, 0x08808080, 0x0c808080};
+    const __m256i where = (__m256i)(last + (e << 24));
+    const __m256i top = e == 0   ? (__m256i)(words << 24)
+                        : e == 3 ? (__m256i)(words & -0x1000000)
+                                 : _mm256_shuffle_epi8((__m256i)words, where);
+    return (vf32)_mm256_cvtepi32_ps(top);
+}
+
 NF_INLINE void
 nf_store_low_bytes(void *p, vi32 v)
 {

@@ -187,6 +187,17 @@ nf_load_int8(const int8_t *p)
         _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
+NF_INLINE vf32
+nf_byte_of(vi32 words, int e)
+{
+    const __m512i where = _mm512_set4_epi32(0x0c808080 + (e << 24), 0x08808080 + (e << 24),
+                                            0x04808080 + (e << 24), 0x00808080 + (e << 24));
+    const __m512i top = e == 0   ? (__m512i)(words << 24)
+                        : e == 3 ? (__m512i)(words & -0x1000000)
+                                 : _mm512_shuffle_epi8((__m512i)words, where);
+    return (vf32)_mm512_cvtepi32_ps(top);
+}
+
 NF_INLINE void
 nf_store_low_bytes(void *p, vi32 v)
 {

@@ -217,6 +217,12 @@ nf_load_int8(const int8_t *p)
     return (vf32){p[0], p[1], p[2], p[3]};
 }
 
+NF_INLINE vf32
+nf_byte_of(vi32 words, int e)
+{
+    return __builtin_convertvector((words << (24 - 8 * e)) & -0x1000000, vf32);
+}
+
 NF_INLINE void
 nf_store_low_bytes(void *p, vi32 v)
 {
