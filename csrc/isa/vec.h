@@ -34,6 +34,8 @@
 
 #define NF_INLINE static inline __attribute__((always_inline))
 #define NF_UNROLL _Pragma("GCC unroll 16")
+/* From here on the compiler knows nothing of the pointer p, so keeps it in a register. */
+#define NF_POINTER(p) __asm__("" : "+r"(p))
 /* What was loaded before is not remembered behind it. */
 #define NF_MEMORY __asm__ volatile("" : : : "memory")
 
@@ -62,6 +64,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
                                                      are. Of both a whole vector is written
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
+       nf_load_halves_f32(p, step)                   32 bytes from each of p and p + step, of
+                                                     vectors of 64
        NF_OPAQUE(v)                                  from here on the compiler knows nothing
                                                      of the vector v
        nf_load_half(p)                               float16 numbers as floats

@@ -154,6 +154,20 @@ nf_load_blocks_f64(const double *p, ptrdiff_t step)
 }
 
 NF_INLINE vf32
+nf_load_halves_f32(const float *p, ptrdiff_t step)
+{
+    const __m512 low = _mm512_castps256_ps512(_mm256_loadu_ps(p));
+    return (vf32)_mm512_insertf32x8(low, _mm256_loadu_ps(p + step), 1);
+}
+
+NF_INLINE vf64
+nf_load_halves_f64(const double *p, ptrdiff_t step)
+{
+    const __m512d low = _mm512_castpd256_pd512(_mm256_loadu_pd(p));
+    return (vf64)_mm512_insertf64x4(low, _mm256_loadu_pd(p + step), 1);
+}
+
+NF_INLINE vf32
 nf_load_half(const uint16_t *p)
 {
     return (vf32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));

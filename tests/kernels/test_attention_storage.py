@@ -249,6 +249,23 @@ def dequantized(arguments, scales):
         return [*(x * s for x, s in zip(arguments, scales)), *arguments[2:]]
 
 
+@pytest.mark.parametrize("cached", [np.float32, np.float16, BFLOAT16])
+@pytest.mark.parametrize("size", [8, 16, 24, 32])
+@pytest.mark.parametrize("queries", [1, 60])
+def test_slots_of_a_cache_that_no_query_sees_may_hold_anything(queries, size, cached):
+    lengths, window = np.array([100, 300]), (33, 0)         # what is read begins at 64 and 264 where there is one query
+    _, k, v = (x.astype(cached) for x in arrays(4, 2, 1, 300, 32, 32, batch=2))
+    *caches, table = paged(k, v, lengths, size)
+    q = tokens(2, 4, queries, 32)
+    clean = nf.paged_attention(q, *caches, table, lengths, window_size=window)
+    assert np.isfinite(clean).all()
+    slot = lengths - queries - 34
+    for value in (np.nan, np.inf):
+        for cache in caches:
+            cache[table[np.arange(2), slot // size], slot % size] = value
+        assert same(nf.paged_attention(q, *caches, table, lengths, window_size=window), clean)
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("size, dim, value_dim", [(16, 32, 48), (5, 7, 9), (128, 64, 64), (32, 16, 20)])
 def test_an_int8_cache_is_its_integers_times_the_scale_of_the_token(size, dim, value_dim, by_head):
@@ -285,13 +302,13 @@ def test_rows_of_an_int8_cache_have_the_same_bits_in_blocks_of_any_size_and_in_s
 
 @pytest.mark.parametrize("queries", [1, 9, 60])
 def test_rows_that_do_not_see_a_slot_do_not_depend_on_its_scale(queries):
-    lengths, window = [100, 300], (35, 0)
+    lengths, window = [100, 300], (33, 0)           # what is read begins at 64 and 264 where there is one query
     (*caches, table, lengths), scales = int8_cache(lengths, 16, 2, 32, 32)
     q = tokens(2, 4, queries, 32)
     clean = nf.paged_attention(q, *caches, table, lengths, window_size=window, return_lse=True, **scales)
     assert all(np.isfinite(x).all() for x in clean)
     first = lengths - queries                                       # position of the first query
-    for slot in (first - 37, first - 36, lengths - 4, lengths - 1):
+    for slot in (first - 35, first - 34, lengths - 4, lengths - 1):
         block, at = table[np.arange(2), slot // 16], slot % 16
         position = first[:, None] + np.arange(queries)
         seen = (position >= slot[:, None]) & (position - slot[:, None] <= window[0])
