@@ -1,15 +1,18 @@
 /* The sequences of attention: padded, packed, or with their keys and values in blocks of a cache. */
 #include "bind/attention.h"
 
+#define PAGED  "paged_attention"
+#define VARLEN "attention_varlen"
+
 /* A new (B, ...) array of int64. */
 static PyArrayObject *
-take_integers(PyObject *object, int ndim, const char *name)
+take_integers(PyObject *object, int ndim, const char *op, const char *name)
 {
     PyArrayObject *const given = (PyArrayObject *)PyArray_FROM_O(object);
     PyArrayObject *array = NULL;
     if (given != NULL && (!PyArray_ISINTEGER(given) || PyArray_NDIM(given) != ndim)) {
         PyErr_Format(PyExc_TypeError,
-                     "%s: %s must be integers in %d dimension%s, got %S in %d", OP, name,
+                     "%s: %s must be integers in %d dimension%s, got %S in %d", op, name,
                      ndim, ndim == 1 ? "" : "s", PyArray_DESCR(given), PyArray_NDIM(given));
     }
     else if (given != NULL) {
@@ -21,18 +24,19 @@ take_integers(PyObject *object, int ndim, const char *name)
 }
 
 static int
-take_kv_lengths(nf_attention_call *c, PyObject *object, npy_intp most)
+take_kv_lengths(nf_attention_call *c, PyObject *object, npy_intp most, const char *op,
+                const char *name)
 {
-    if ((c->kv_lengths = take_integers(object, 1, "kv_lengths")) == NULL
-        || nf_check_shape(c->kv_lengths, 1, &c->p.batch, OP, "kv_lengths") < 0) {
+    if ((c->kv_lengths = take_integers(object, 1, op, name)) == NULL
+        || nf_check_shape(c->kv_lengths, 1, &c->p.batch, op, name) < 0) {
         return -1;
     }
     const int64_t *const length = PyArray_DATA(c->kv_lengths);
     for (ptrdiff_t b = 0; b < c->p.batch; b++) {
         if (length[b] < 0 || length[b] > most) {
             PyErr_Format(PyExc_ValueError,
-                         "%s: kv_lengths must lie between 0 and Sk = %zd, got %lld", OP,
-                         most, (long long)length[b]);
+                         "%s: %s must lie between 0 and Sk = %zd, got %lld", op, name, most,
+                         (long long)length[b]);
             return -1;
         }
     }
@@ -42,9 +46,10 @@ take_kv_lengths(nf_attention_call *c, PyObject *object, npy_intp most)
 
 /* (B + 1) from 0 to `total`, not falling; the longest sequence, or -1. */
 static npy_intp
-take_starts(PyObject *object, npy_intp total, const char *name, PyArrayObject **to)
+take_starts(PyObject *object, npy_intp total, const char *op, const char *name,
+            PyArrayObject **to)
 {
-    if ((*to = take_integers(object, 1, name)) == NULL) {
+    if ((*to = take_integers(object, 1, op, name)) == NULL) {
         return -1;
     }
     const int64_t *const start = PyArray_DATA(*to);
@@ -58,7 +63,7 @@ take_starts(PyObject *object, npy_intp total, const char *name, PyArrayObject **
     }
     if (!right) {
         PyErr_Format(PyExc_ValueError,
-                     "%s: %s must rise from 0 to the number of tokens, %zd, got %R", OP,
+                     "%s: %s must rise from 0 to the number of tokens, %zd, got %R", op,
                      name, total, *to);
         return -1;
     }
@@ -71,17 +76,17 @@ take_block_table(nf_attention_call *c, PyObject *object, PyObject *lengths)
 {
     nf_attention *p = &c->p;
     const npy_intp blocks = PyArray_DIM(c->k, 0), size = PyArray_DIM(c->k, 2);
-    if ((c->block_table = take_integers(object, 2, "block_table")) == NULL) {
+    if ((c->block_table = take_integers(object, 2, PAGED, "block_table")) == NULL) {
         return -1;
     }
     p->table_width = PyArray_DIM(c->block_table, 1), p->block_size = size;
     if (PyArray_DIM(c->block_table, 0) != p->batch) {
         PyErr_Format(PyExc_ValueError,
                      "%s: block_table must have a row for each of %zd sequences, got %zd",
-                     OP, p->batch, PyArray_DIM(c->block_table, 0));
+                     PAGED, p->batch, PyArray_DIM(c->block_table, 0));
         return -1;
     }
-    if (take_kv_lengths(c, lengths, p->table_width * size) < 0) {
+    if (take_kv_lengths(c, lengths, p->table_width * size, PAGED, "cache_seqlens") < 0) {
         return -1;
     }
     p->block_table = PyArray_DATA(c->block_table);
@@ -93,7 +98,7 @@ take_block_table(nf_attention_call *c, PyObject *object, PyObject *lengths)
             const int64_t block = p->block_table[b * p->table_width + i];
             if (block < 0 || block >= blocks) {
                 PyErr_Format(PyExc_ValueError,
-                             "%s: block_table must name blocks below %zd, got %lld", OP,
+                             "%s: block_table must name blocks below %zd, got %lld", PAGED,
                              blocks, (long long)block);
                 return -1;
             }
@@ -112,18 +117,18 @@ take_scales(nf_heads *x, PyArrayObject *cache, PyObject *object, const char *nam
     if (needed != nf_given(object)) {
         PyErr_Format(
             PyExc_ValueError,
-            "%s: %s must be given where the cache is int8, and only there; it is %S", OP,
+            "%s: %s must be given where the cache is int8, and only there; it is %S", PAGED,
             name, PyArray_DESCR(cache));
         return -1;
     }
     if (!needed) {
         return 0;
     }
-    PyArrayObject *const scales = nf_array(object, NPY_FLOAT, -1, OP, name);
+    PyArrayObject *const scales = nf_array(object, NPY_FLOAT, -1, PAGED, name);
     const npy_intp shape[3] = {PyArray_DIM(cache, 0), PyArray_DIM(cache, 2),
                                PyArray_DIM(cache, 1)};
     const int ndim = scales != NULL && PyArray_NDIM(scales) == 2 ? 2 : 3;
-    if (scales == NULL || nf_check_shape(scales, ndim, shape, OP, name) < 0
+    if (scales == NULL || nf_check_shape(scales, ndim, shape, PAGED, name) < 0
         || (*to = nf_contiguous(scales)) == NULL) {
         return -1;
     }
@@ -139,8 +144,9 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
 {
     nf_attention *p = &c->p;
     if (nf_given(f[Q_STARTS])) {
-        p->queries =
-            take_starts(f[Q_STARTS], PyArray_DIM(c->q, 2), "cu_seqlens_q", &c->q_starts);
+        p->queries = take_starts(f[Q_STARTS], PyArray_DIM(c->q, 2),
+                                 nf_given(f[BLOCK_TABLE]) ? PAGED : VARLEN, "cu_seqlens_q",
+                                 &c->q_starts);
         if (p->queries < 0) {
             return -1;
         }
@@ -149,8 +155,8 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
         p->rows_batch = 0, p->q.batch = 0;
     }
     if (nf_given(f[K_STARTS])) {
-        p->keys =
-            take_starts(f[K_STARTS], PyArray_DIM(c->k, 2), "cu_seqlens_k", &c->k_starts);
+        p->keys = take_starts(f[K_STARTS], PyArray_DIM(c->k, 2), VARLEN, "cu_seqlens_k",
+                              &c->k_starts);
         if (p->keys < 0) {
             return -1;
         }
@@ -158,7 +164,7 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
             PyErr_Format(PyExc_ValueError,
                          "%s: cu_seqlens_q and cu_seqlens_k must have one length, got %zd "
                          "and %zd",
-                         OP, p->batch + 1, PyArray_DIM(c->k_starts, 0));
+                         VARLEN, p->batch + 1, PyArray_DIM(c->k_starts, 0));
             return -1;
         }
         p->k_starts = PyArray_DATA(c->k_starts);
@@ -171,5 +177,7 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
                    ? -1
                    : take_block_table(c, f[BLOCK_TABLE], f[KV_LENGTHS]);
     }
-    return nf_given(f[KV_LENGTHS]) ? take_kv_lengths(c, f[KV_LENGTHS], p->keys) : 0;
+    return nf_given(f[KV_LENGTHS])
+               ? take_kv_lengths(c, f[KV_LENGTHS], p->keys, OP, "kv_lengths")
+               : 0;
 }

@@ -129,7 +129,7 @@ def test_wrong_packing_is_named_in_the_error():
     with pytest.raises(ValueError, match="query must be an array"):
         nf.attention_varlen(q[0], k, k, [0, 5], [0, 6])
     for wrong in ([0, 4], [1, 5], [0, 3, 2, 5], []):
-        with pytest.raises((ValueError, TypeError), match="cu_seqlens_q must"):
+        with pytest.raises((ValueError, TypeError), match="attention_varlen: cu_seqlens_q must"):
             nf.attention_varlen(q, k, k, wrong, [0, 6])
     with pytest.raises(ValueError, match="one length"):
         nf.attention_varlen(q, k, k, [0, 2, 5], [0, 6])
@@ -137,9 +137,9 @@ def test_wrong_packing_is_named_in_the_error():
         nf.attention_varlen(q, k, k, [0, 5], [0.0, 6.0])
     cache = np.zeros((4, 16, 2, 8), np.float32)
     step = tokens(2, 4, 1, 8)
-    with pytest.raises(ValueError, match="block_table must name blocks below 4, got 4"):
+    with pytest.raises(ValueError, match="paged_attention: block_table must name blocks below 4, got 4"):
         nf.paged_attention(step, cache, cache, [[0, 1], [2, 4]], [20, 20])
-    with pytest.raises(ValueError, match="kv_lengths must lie between 0 and"):
+    with pytest.raises(ValueError, match="paged_attention: cache_seqlens must lie between 0 and"):
         nf.paged_attention(step, cache, cache, [[0, 1], [2, 3]], [20, 33])
     with pytest.raises(ValueError, match="block_table must have a row for each of 2"):
         nf.paged_attention(step, cache, cache, [[0, 1]], [20, 20])
