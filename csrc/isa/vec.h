@@ -84,8 +84,9 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
                                                      each of which must fit 16 bits
        nf_dot_u8s8(sum, a, b)                        where NF_HAS_DOT is 1: sum plus four
                                                      products of bytes of any value
-   and the sizes of the register tile of a matrix product, rows by vectors:
-       NF_TILE_ROWS, NF_TILE_VECTORS
+   and the sizes of the register tile of a matrix product, rows by vectors, and how many steps
+   of it come at once:
+       NF_TILE_ROWS, NF_TILE_VECTORS, NF_TILE_STEPS
    and of its blocks, the longest of K and the rows of a task:
        NF_GEMM_DEPTH, NF_GEMM_ROWS */
 #if NF_BYTES == 64

@@ -5,6 +5,9 @@
 
 /* 12 sums, 2 of B and a broadcast. */
 enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
+/* So many steps of a tile at once: a loop counts with an eighth of its instructions, and where
+   another thread has half of the core it is instructions that run short. */
+enum { NF_TILE_STEPS = 4 };
 /* A panel of B, 256 x 16 floats, is half of L1; 96 rows of A are a fifth of L2. */
 enum { NF_GEMM_DEPTH = 256, NF_GEMM_ROWS = 96 };
 

@@ -7,7 +7,7 @@
 #endif
 
 /* 28 sums, 2 of B and a broadcast: 16 loads for 28 FMAs. */
-enum { NF_TILE_ROWS = 14, NF_TILE_VECTORS = 2 };
+enum { NF_TILE_ROWS = 14, NF_TILE_VECTORS = 2, NF_TILE_STEPS = 1 };
 /* A panel of B, 384 x 32 floats, streams from L2 past a strip of A, 384 x 14, in L1; 224 rows of
    A are a third of L2. */
 enum { NF_GEMM_DEPTH = 384, NF_GEMM_ROWS = 224 };

@@ -10,7 +10,7 @@
 #endif
 
 /* 12 sums of 16 registers. */
-enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2 };
+enum { NF_TILE_ROWS = 6, NF_TILE_VECTORS = 2, NF_TILE_STEPS = 1 };
 /* A panel of B, 256 x 8 floats, is a quarter of L1. */
 enum { NF_GEMM_DEPTH = 256, NF_GEMM_ROWS = 96 };
 
