@@ -1,7 +1,7 @@
 """Every benchmark (or those named), each in a process of its own, and one table of all results.
 
     python -m benchmarks [NAME ...]         run, then print the table
-    python -m benchmarks --table            only print the table of benchmarks/results/*.json, as Markdown
+    python -m benchmarks --table            only print the table of benchmarks/results/*/*.json, as Markdown
     python -m benchmarks --readme           only put it into README.md, between its two marks
 """
 import json
@@ -13,43 +13,51 @@ from benchmarks.units import amount
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
+LEVELS = ("avx512vnni", "avx512", "avx2", "baseline")
 BEGIN, END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->\n"
 
 
 def table():
-    """All results as Markdown: a row a piece of work, under a line for each machine."""
-    machines = {}
-    for path in sorted((FOLDER / "results").glob("*.json")):
-        result = json.loads(path.read_text())
-        where = result["machine"]
-        machine = (f"{where['processor']}, kernels {where['isa']}, {where['threads']} threads, NumPy {where['numpy']}, "
-                   f"torch {where['torch']}")
-        machines.setdefault(machine, []).append(result)
-    lines = []
-    for machine, results in machines.items():
-        lines += [f"{machine}:", "", "| work | numformer | peer | times as fast [least-most] | goal |",
-                  "|---|---|---|---|---|"]
-        for result in results:
-            lines += [f"| **{result['title']}** ({result['date']}) | | | | |"]
-            lines += [row_of(row) for row in result["rows"]]
-        lines += [""]
-    return "\n".join(lines)
+    """All results as Markdown: a line for each machine, then a row a piece of work and a column a level."""
+    results = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*/*.json"))]
+    results.sort(key=lambda result: LEVELS.index(result["machine"]["isa"]))
+    levels = list(dict.fromkeys(result["machine"]["isa"] for result in results))
+    machines = dict.fromkeys(machine_of(result["machine"]) for result in results)
+    benchmarks = {}
+    for result in results:
+        level, heading = result["machine"]["isa"], f"**{result['title']}**"
+        rows = benchmarks.setdefault(result["title"], {heading: {}})
+        rows[heading][level] = result["date"]
+        for row in result["rows"]:
+            rows.setdefault(row["name"], {"goal": row["goal"] or ""})[level] = cell_of(row)
+    lines = [*machines, "", line("work", "goal", *levels), "|---|---|" + "---|" * len(levels)]
+    for title in sorted(benchmarks):
+        lines += [line(name, *(cells.get(column, "") for column in ("goal", *levels)))
+                  for name, cells in benchmarks[title].items()]
+    return "\n".join(lines) + "\n"
 
 
-def row_of(row):
-    def rate(entry):
-        if row["roof_kind"]:
-            return f"{100 * entry['share']['median']:.0f} % of {row['roof_kind']}"
-        return amount(entry["rate"]["median"], row["unit"])
+def machine_of(where):
+    return (f"- {where['isa']}: {where['processor']}, {where['threads']} threads, NumPy {where['numpy']}, "
+            f"torch {where['torch']}")
 
+
+def cell_of(row):
+    """Our share of the machine's limit, or our rate; then how many times as fast as each peer we are."""
     (_, ours), *peers = row["entries"].items()
-    theirs = "; ".join(f"{label} {rate(entry)}" for label, entry in peers)
-    ratios = "; ".join(spread(entry["ratio"]) for _, entry in peers)
-    return f"| {row['name']} | {rate(ours)} | {theirs} | {ratios} | {row['goal'] or ''} |"
+    if row["roof_kind"]:
+        own = f"{100 * ours['share']['median']:.0f} % of {row['roof_kind']}"
+    else:
+        own = amount(ours["rate"]["median"], row["unit"])
+    return "; ".join([own, *(f"{label} {spread(entry['ratio'])}" for label, entry in peers)])
 
 
 def spread(ratio):
     return f"{ratio['median']:.2f} [{ratio['min']:.2f}-{ratio['max']:.2f}]"
+
+
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
 
 
 def write_readme():

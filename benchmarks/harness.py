@@ -151,9 +151,10 @@ class Suite:
         return f"{row['name']:<44} {' | '.join(parts)}{goal}"
 
     def finish(self):
-        """Write benchmarks/results/<title>.json with the machine described."""
-        path = Path(__file__).parent / "results" / f"{self.title}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"title": self.title, "date": time.strftime("%Y-%m-%d"), "machine": machine(),
+        """Write benchmarks/results/<isa>/<title>.json with the machine described."""
+        where = machine()
+        path = Path(__file__).parent / "results" / where["isa"] / f"{self.title}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"title": self.title, "date": time.strftime("%Y-%m-%d"), "machine": where,
                                     "rows": self.rows}, indent=1) + "\n")
-        print(f"written: benchmarks/results/{path.name}")
+        print(f"written: benchmarks/results/{where['isa']}/{path.name}")

@@ -181,8 +181,8 @@ plt.show()
 # The table of the README, of `make bench BENCH=attention`:
 # %%
 readme = Path("../README.md").read_text()
-table = readme[readme.index("| **attention**"):]
-print(table[:table.index("| **", 5)])
+table = readme[readme.index("| work |"):]
+print(table[:table.index("| **gelu**")])
 '''
 
 
