@@ -25,8 +25,9 @@ FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-fno-
          "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 LINK = ["-fopenmp"]
 if os.environ.get("NUMFORMER_SANITIZE"):
-    FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer",
-              "-g1"]
+    # -O1 would leave products and sums apart that are one rounding elsewhere.
+    FLAGS += ["-O1", "-fexpensive-optimizations", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
+              "-fno-omit-frame-pointer", "-g1"]
     LINK += ["-fsanitize=address,undefined"]
 
 COMPILER = os.environ.get("CC", sysconfig.get_config_var("CC")).split()

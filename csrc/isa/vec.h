@@ -53,6 +53,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_loadn_f32(p, n), nf_storen_f32(p, v, n)    the first n < lanes; other lanes 0
        nf_fma_f32(a, b, c), nf_fms_f32(a, b, c)      a*b +- c in one rounding, also where the
                                                      compiler would share a*b
+       nf_add_product_f32(sum, a, b)                 sum + a * b as the compiler makes it, but
+                                                     for the registers
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
