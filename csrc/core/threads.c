@@ -1,3 +1,8 @@
+#ifdef __linux__
+#define _GNU_SOURCE /* the CPUs of a thread */
+#include <sched.h>
+#endif
+
 #include "core/threads.h"
 
 #include <omp.h>
@@ -47,6 +52,48 @@ nf_get_num_threads(void)
     return requested > 0 ? requested : omp_get_max_threads();
 }
 
+#ifdef __linux__
+/* The CPU that the caller runs on; -1 where it is not for us to say who runs where. */
+static int
+cpu_of_caller(void)
+{
+    return omp_get_proc_bind() == omp_proc_bind_false ? sched_getcpu() : -1;
+}
+
+/* A helper keeps off the CPU of its caller. Else the kernel may wake it right there, where it
+   waits for the caller's time slice to end, 1.5 ms, with the other CPUs idle. */
+static void
+keep_off(int cpu)
+{
+    static _Thread_local int kept_off = -1;
+    static _Thread_local cpu_set_t all, others;
+    cpu_set_t now;
+    if (cpu == kept_off || cpu < 0 || sched_getaffinity(0, sizeof now, &now) != 0) {
+        return;
+    }
+    if (kept_off < 0 || !CPU_EQUAL(&now, &others)) {
+        all = now; /* first of all, or since somebody else has set them */
+    }
+    others = all;
+    CPU_CLR((size_t)cpu, &others);
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0) {
+        kept_off = cpu;
+    }
+}
+#else
+static int
+cpu_of_caller(void)
+{
+    return -1;
+}
+
+static void
+keep_off(int cpu)
+{
+    (void)cpu;
+}
+#endif
+
 /* A thread runs its share, then what is left of the others'; with one share it is all in order. */
 static nf_status
 run(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work, int apart)
@@ -79,9 +126,13 @@ run(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work, i
             atomic_init(&shares[k].next, count * k / n);
             shares[k].end = count * (k + 1) / n;
         }
+        const int cpu = cpu_of_caller();
 #pragma omp parallel num_threads(threads)
         {
             const size_t own = (size_t)omp_get_thread_num();
+            if (own > 0) {
+                keep_off(cpu);
+            }
             char *const room = scratch != NULL ? scratch + stride * own : NULL;
             for (size_t k = 0; k < n; k++) {
                 share *const from = &shares[(own + k) % n];
