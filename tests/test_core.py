@@ -47,6 +47,19 @@ def test_waiting_threads_spin_briefly_unless_the_user_decides():
     assert run(unset + "os.environ['OMP_WAIT_POLICY'] = 'active'; " + code) == "None"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_helping_threads_keep_off_their_callers_cpu_and_leave_the_caller_alone():
+    code = ("import os, numpy as np, numformer as nf\n"
+            "all, x = os.sched_getaffinity(0), np.ones(1 << 20, np.float32)\n"
+            "nf.gelu(x)\n"
+            "helpers = [os.sched_getaffinity(int(t)) for t in os.listdir('/proc/self/task') if int(t) != os.getpid()]\n"
+            "print(os.sched_getaffinity(0) == all, sum(len(all - cpus) == 1 for cpus in helpers))")
+    alone = {"OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "1"}
+    assert run(code, **alone, OMP_PROC_BIND="false") == "True 1"
+    one = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert run(one + code, **alone, OMP_PROC_BIND="false") == "True 0"          # nowhere to go
+
+
 def test_threadpoolctl_sets_the_number_of_threads():
     pytest.importorskip("threadpoolctl")
     code = ("import numformer as nf, threadpoolctl\n"
