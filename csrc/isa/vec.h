@@ -53,8 +53,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_loadn_f32(p, n), nf_storen_f32(p, v, n)    the first n < lanes; other lanes 0
        nf_fma_f32(a, b, c), nf_fms_f32(a, b, c)      a*b +- c in one rounding, also where the
                                                      compiler would share a*b
-       nf_add_product_f32(sum, a, b)                 sum + a * b as the compiler makes it, but
-                                                     for the registers
+       nf_add_product_f32(sum, a, b)                 sum + a * b, with its bits, for sums that
+                                                     fill the registers
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
@@ -107,5 +107,19 @@ nf_times_f32(vf32 a, vf32 b)
     NF_OPAQUE(product);
     return product;
 }
+
+#if NF_BYTES != 32 /* AVX2 names the instruction */
+NF_INLINE vf32
+nf_add_product_f32(vf32 sum, vf32 a, vf32 b)
+{
+    return sum + a * b;
+}
+
+NF_INLINE vf64
+nf_add_product_f64(vf64 sum, vf64 a, vf64 b)
+{
+    return sum + a * b;
+}
+#endif
 
 #endif

@@ -64,18 +64,6 @@ nf_fms_f64(vf64 a, vf64 b, vf64 c)
 }
 
 NF_INLINE vf32
-nf_add_product_f32(vf32 sum, vf32 a, vf32 b)
-{
-    return sum + a * b;
-}
-
-NF_INLINE vf64
-nf_add_product_f64(vf64 sum, vf64 a, vf64 b)
-{
-    return sum + a * b;
-}
-
-NF_INLINE vf32
 nf_max_f32(vf32 a, vf32 b)
 {
     return (vf32)_mm512_max_ps((__m512)b, (__m512)a);
