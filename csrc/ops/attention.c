@@ -1,4 +1,4 @@
-/* The plans of attention. Forward: a task is a block of queries of a head. Backward: for each KV
+/* The plans of attention. Forward: a task is some blocks of queries of a head. Backward: for each KV
    head, tasks that prepare the blocks of queries, then one for each block of its keys. The bits
    do not depend on the cut. */
 #include "ops/attention.h"

@@ -30,6 +30,20 @@ def test_alone_or_in_a_batch_the_bits_are_the_same():
             assert (a == w[one]).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("features", [{}, {"is_causal": True}, {"window_size": (30, 10)}, {"kv_lengths": [170, 61]}])
+def test_however_many_queries_a_task_has_the_bits_are_the_same(features, dtype):
+    """One head of one sequence is cut into more tasks than many."""
+    q, k, v = (x.astype(dtype) for x in arrays(12, 4, 210, 170, 24, batch=2))
+    whole = sdpa(q, k, v, **features)
+    for b, head in ((0, 0), (1, 7)):
+        one, few = slice(b, b + 1), dict(features)
+        if "kv_lengths" in few:
+            few["kv_lengths"] = few["kv_lengths"][one]
+        alone = sdpa(q[one, head:head + 1], k[one, head // 3:head // 3 + 1], v[one, head // 3:head // 3 + 1], **few)
+        assert (alone == whole[one, head:head + 1]).all()
+
+
 @pytest.mark.parametrize("dim, value_dim", [(32, 32), (64, 64), (40, 24), (7, 3)])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_cached_step_has_the_bits_of_the_full_forward(dim, value_dim, dtype, threads):
