@@ -58,12 +58,19 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
+       nf_any_less_f32(a, b)                         whether a lane of a is less than that of b
        nf_any_negative(sign)                         whether the sign bit of a lane is set
        nf_where_negative(sign, a, b)                 a in lanes whose sign bit is set, else b
        nf_pack_f32(p, places, sign, a, first)        stores the lanes of a whose sign bit is set
                                                      in `sign` side by side, and at `places`
                                                      their numbers plus `first`; how many they
                                                      are. Of both a whole vector is written
+       nf_less_f32(a, b)                             of vectors of 64: bit i is set where lane i of
+                                                     a is less than that of b
+       nf_compress_f32(p, lanes, a)                  of vectors of 64: stores the lanes of a whose
+                                                     bit is set side by side, and zeros after
+       nf_expand_f32(p, lanes, a)                    a, but in the lanes whose bit is set the
+                                                     numbers at p in their order
        nf_product_u32(a, b, &high)                   low and high halves of a times a number
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
        nf_load_halves_f32(p, step)                   32 bytes from each of p and p + step, of

@@ -115,6 +115,18 @@ nf_sqrt_f64(vf64 a)
 }
 
 NF_INLINE int
+nf_any_less_f32(vf32 a, vf32 b)
+{
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)) != 0;
+}
+
+NF_INLINE int
+nf_any_less_f64(vf64 a, vf64 b)
+{
+    return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_LT_OQ)) != 0;
+}
+
+NF_INLINE int
 nf_any_negative(vf32 sign)
 {
     return _mm256_movemask_ps((__m256)sign) != 0;

@@ -88,6 +88,18 @@ nf_min_f64(vf64 a, vf64 b)
 }
 
 NF_INLINE int
+nf_any_less_f32(vf32 a, vf32 b)
+{
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ) != 0;
+}
+
+NF_INLINE int
+nf_any_less_f64(vf64 a, vf64 b)
+{
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ) != 0;
+}
+
+NF_INLINE int
 nf_any_negative(vf32 sign)
 {
     return _mm512_movepi32_mask((__m512i)sign) != 0;
@@ -98,6 +110,25 @@ nf_where_negative(vf32 sign, vf32 a, vf32 b)
 {
     return (vf32)_mm512_mask_mov_ps((__m512)b, _mm512_movepi32_mask((__m512i)sign),
                                     (__m512)a);
+}
+
+NF_INLINE unsigned
+nf_less_f32(vf32 a, vf32 b)
+{
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+}
+
+/* In a register first: straight to memory it takes AMD's processors a hundred cycles. */
+NF_INLINE void
+nf_compress_f32(float *p, unsigned lanes, vf32 a)
+{
+    *(vf32 *)p = (vf32)_mm512_maskz_compress_ps((__mmask16)lanes, (__m512)a);
+}
+
+NF_INLINE vf32
+nf_expand_f32(const float *p, unsigned lanes, vf32 a)
+{
+    return (vf32)_mm512_mask_expand_ps((__m512)a, (__mmask16)lanes, _mm512_loadu_ps(p));
 }
 
 NF_INLINE vf32

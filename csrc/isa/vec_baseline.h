@@ -43,6 +43,20 @@ nf_storen_f64(double *p, vf64 v, size_t n)
 }
 
 NF_INLINE int
+nf_any_less_f32(vf32 a, vf32 b)
+{
+    const vi64 both = (vi64)(a < b);
+    return (both[0] | both[1]) != 0;
+}
+
+NF_INLINE int
+nf_any_less_f64(vf64 a, vf64 b)
+{
+    const vi64 both = (vi64)(a < b);
+    return (both[0] | both[1]) != 0;
+}
+
+NF_INLINE int
 nf_any_negative(vf32 sign)
 {
     const vi64 both = (vi64)((vi32)sign >> 31);

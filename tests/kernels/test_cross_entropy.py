@@ -67,6 +67,18 @@ def test_masked_classes_do_not_matter():
     tensor = nf.Tensor(x, requires_grad=True)
     nf.cross_entropy(tensor, t).backward()
     assert (tensor.grad[:, 8] == 0).all() and np.isfinite(tensor.grad).all()
+    tensor = nf.Tensor(x.astype(np.float32), requires_grad=True)
+    nf.cross_entropy(tensor, t).backward(np.float32(65536))
+    assert (tensor.grad[:, 8] == 0).all()
+
+
+@pytest.mark.parametrize("n", [100, 1000])
+def test_gradients_are_right_down_to_the_denormals(n):
+    x, t = np.linspace(-120, 0, n, dtype=np.float32)[None], np.zeros(1, np.int64)
+    tensor = nf.Tensor(x, requires_grad=True)
+    nf.cross_entropy(tensor, t).backward(np.float32(1e-3))
+    want = np.exp(oracle.log_softmax(x.astype(float))) * 1e-3
+    np.testing.assert_allclose(tensor.grad[0, 1:], want[0, 1:], rtol=1e-4, atol=2e-45)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])

@@ -92,6 +92,29 @@ def test_float64_is_that_of_mpmath_in_the_tail_too(approximate):
     np.testing.assert_allclose(nf.gelu(x, approximate), want, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("approximate", "ulps"), [("none", 4), ("tanh", 8), ("quick", 100)])
+@pytest.mark.parametrize("dy", [1, -3e-3])
+def test_slopes_are_right_in_the_tail_too_down_to_the_denormals(approximate, ulps, dy):
+    """Of the quick form 1.702 x is rounded before it is an exponent."""
+    x = np.concatenate([np.linspace(-70, -2, 50000), [-5.6, -6, -9, -12], [-75 / 1.702]]).astype(np.float32)
+    slopes = []
+    for dtype in (np.float32, np.float64):
+        t = nf.Tensor(x.astype(dtype), requires_grad=True)
+        nf.gelu(t, approximate).backward(np.full(x.shape, dy, dtype))
+        slopes.append(t.grad)
+    assert oracle.ulps(*slopes).max() <= ulps
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+@pytest.mark.parametrize("n", [1, 300])
+def test_nan_stays_nan_whatever_its_sign(approximate, n):
+    t = nf.Tensor(np.tile(np.array([-9, np.copysign(np.nan, -1), np.nan], np.float32), n), requires_grad=True)
+    y = nf.gelu(t, approximate)
+    y.backward(np.ones(3 * n, np.float32))
+    for got in (y.numpy(), t.grad):
+        assert (np.isnan(got) == np.isnan(t.numpy())).all()
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
 def test_the_ends_of_the_line(approximate, dtype):

@@ -33,6 +33,21 @@ def test_rows_far_from_zero_neither_overflow_nor_vanish():
         assert not np.isnan(nf.log_softmax(x)).any()
 
 
+@pytest.mark.parametrize(("dtype", "least"), [(np.float32, -110), (np.float64, -760)])
+def test_probabilities_are_right_down_to_the_denormals(dtype, least):
+    x = np.linspace(least, 0, 999).astype(dtype)
+    want = np.exp(x.astype(np.longdouble))
+    want /= want.sum()
+    tiny = 2 * float(np.finfo(dtype).smallest_subnormal)
+    t = nf.Tensor(x, requires_grad=True)
+    y = nf.softmax(t)
+    np.testing.assert_allclose(y.numpy(), want, rtol=20 * np.finfo(dtype).eps, atol=tiny)
+    dy = np.cos(np.arange(999)).astype(dtype)
+    y.backward(dy)
+    want = want * (dy - (want * dy).sum())
+    np.testing.assert_allclose(t.grad, want, rtol=2000 * np.finfo(dtype).eps, atol=2 * tiny)
+
+
 def test_minus_infinity_takes_nothing_and_a_row_of_it_gives_zero():
     x = np.array([[0, -np.inf, 0], [-np.inf] * 3], np.float32)
     np.testing.assert_array_equal(nf.softmax(x), [[0.5, 0, 0.5], [0, 0, 0]])
