@@ -324,10 +324,11 @@ typedef struct {
 
 /* Rows of bytes, or of activations x = scale q with q in [-127, 127]. */
 typedef struct {
-    char *q;        /* `pitch` bytes from a row to the next; groups lie as in the weights */
-    size_t pitch;   /* an odd multiple of 64: rows begin on different sets of a cache */
+    char *q;      /* `pitch` bytes from a row to the next; groups lie as in the weights */
+    size_t pitch; /* an odd multiple of 64: rows begin on different sets of a cache */
+    size_t rows;
     float *scale;   /* (rows) */
-    int32_t *minus; /* (rows, groups): minus the sums of q */
+    int32_t *minus; /* (groups, rows): minus sums of q, times 8 or 128 without zeros */
 } nf_quant_rows;
 
 /* Rows `row` .. by panels `panel` .., all of K: y[i, n] of the whole product is written, or,
@@ -343,7 +344,7 @@ typedef struct {
 
 typedef struct {
     size_t rows;       /* of the largest tile */
-    size_t panels[6];  /* of a tile of 1, 2, ... rows, at most */
+    size_t panels[12]; /* of a tile of 1, 2, ... rows, at most */
     size_t float_rows; /* of the largest tile of floats */
     size_t width[2];   /* bytes of a q that meets weights of 4 bits, and of 8 */
     /* Row `row` of x: from floats, and from bytes as they are. */

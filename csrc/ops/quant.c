@@ -296,6 +296,7 @@ multiply_integers(product *p)
         return NF_NO_MEMORY;
     }
     p->x.q = block;
+    p->x.rows = rows;
     p->x.scale = (float *)(block + rows * p->x.pitch);
     p->x.minus = (int32_t *)(p->x.scale + rows);
     nf_status status = nf_parallel(nf_parts(rows, ROWS_OF_TASK),
