@@ -332,7 +332,8 @@ typedef struct {
 } nf_quant_rows;
 
 /* Rows `row` .. by panels `panel` .., all of K: y[i, n] of the whole product is written, or,
-   of weights in one group, integers[i, n] = d, without scales. */
+   of weights in one group, integers[i, n] = d, without scales. Meanwhile the cache is asked for
+   `next`, `ask` bytes for 8 depths. */
 typedef struct {
     const nf_quant_weights *w;
     const nf_quant_rows *x;
@@ -340,6 +341,8 @@ typedef struct {
     const float *bias; /* (n) or NULL */
     float *y;
     int32_t *integers; /* NULL: y is wanted */
+    const uint8_t *next;
+    size_t ask;
 } nf_quant_tile;
 
 typedef struct {

@@ -203,6 +203,19 @@ activate(const product *p, size_t row, size_t rows, size_t panel, size_t panels)
     }
 }
 
+/* Tile i of `tiles` by the same panels asks for its share of those from `panel` on. */
+static void
+ask_for_panels(const nf_quant_weights *w, size_t panel, size_t i, size_t tiles,
+               nf_quant_tile *tile)
+{
+    const size_t bytes = (size_t)w->bits * NF_QUANT_PANEL; /* of 8 depths of a panel */
+    tile->next = w->u;
+    if (tiles > 1 && panel < w->panels) {
+        tile->ask = tile->panels * bytes / tiles;
+        tile->next += (panel * bytes + i * tile->ask) * (w->depth / 8);
+    }
+}
+
 static void
 multiply_task(size_t index, void *pointer, void *scratch)
 {
@@ -224,6 +237,7 @@ multiply_task(size_t index, void *pointer, void *scratch)
                                   .y = p->y,
                                   .integers = p->integers};
             tile.row = row + cut(rows, tiles, i, &tile.rows);
+            ask_for_panels(p->w, panel + j + step, i, tiles, &tile);
             kernels->multiply(&tile);
         }
     }
