@@ -46,11 +46,12 @@ def _buffer(name):
     return _memory[name]
 
 
+# Of reads that the processor foresees alone, and that it is asked for 1 KB ahead, the quicker is the limit.
 _ROOFS = {
-    "fma": lambda: _core.roof_fma(1 << 22),
-    "dot": lambda: _core.roof_dot(1 << 22),
-    "read": lambda: _core.roof_read(_buffer("from")),
-    "copy": lambda: _core.roof_copy(_buffer("from"), _buffer("to")),
+    "fma": [lambda: _core.roof_fma(1 << 22)],
+    "dot": [lambda: _core.roof_dot(1 << 22)],
+    "read": [lambda: _core.roof_read(_buffer("from"), 0), lambda: _core.roof_read(_buffer("from"), 1024)],
+    "copy": [lambda: _core.roof_copy(_buffer("from"), _buffer("to"))],
 }
 
 
@@ -58,9 +59,12 @@ def measure_roof(kind):
     """The machine's limit now, in operations or bytes a second."""
     if kind in ("read", "copy"):
         _buffer("from"), _buffer("to")
-    begin = time.perf_counter()
-    work = _ROOFS[kind]()
-    return work / (time.perf_counter() - begin)
+    best = 0.0
+    for work_of in _ROOFS[kind]:
+        begin = time.perf_counter()
+        work = work_of()
+        best = max(best, work / (time.perf_counter() - begin))
+    return best
 
 
 def seconds(function, repeats=1):

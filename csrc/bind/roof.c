@@ -14,7 +14,7 @@ enum { TASKS = 32, PIECE = 1 << 18 };
 
 typedef struct {
     nf_roof_registers *kernel;
-    size_t rounds;
+    size_t rounds, ahead;
     const char *from;
     char *to;
     volatile float sink;
@@ -33,7 +33,7 @@ run_read(size_t index, void *pointer, void *scratch)
 {
     (void)scratch;
     roof_work *w = pointer;
-    w->sink = nf_kernels.roof_read(w->from + index * PIECE, PIECE);
+    w->sink = nf_kernels.roof_read(w->from + index * PIECE, PIECE, w->ahead);
 }
 
 static void
@@ -73,15 +73,22 @@ roof_dot(PyObject *module, PyObject *arg)
 }
 
 static PyObject *
-roof_read(PyObject *module, PyObject *arg)
+roof_read(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    PyArrayObject *x = nf_array(arg, NPY_FLOAT, 1, "roof_read", "x");
+    if (nf_check_count("roof_read", count, 2) < 0) {
+        return NULL;
+    }
+    const size_t ahead = PyLong_AsSize_t(args[1]);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    PyArrayObject *x = nf_array(args[0], NPY_FLOAT, 1, "roof_read", "x");
     if (x == NULL || (x = nf_contiguous(x)) == NULL) {
         return NULL;
     }
     const size_t pieces = (size_t)PyArray_NBYTES(x) / PIECE;
-    roof_work w = {.from = PyArray_DATA(x)};
+    roof_work w = {.from = PyArray_DATA(x), .ahead = ahead};
     Py_BEGIN_ALLOW_THREADS(void) nf_parallel(pieces, ALL_THREADS, 0, run_read, &w);
     Py_END_ALLOW_THREADS Py_DECREF(x);
     return PyFloat_FromDouble((double)pieces * PIECE);
@@ -116,8 +123,9 @@ static PyMethodDef methods[] = {
      "done."},
     {"roof_dot", roof_dot, METH_O,
      "roof_dot(rounds)\n--\n\nDot products of bytes from registers; the operations done."},
-    {"roof_read", roof_read, METH_O,
-     "roof_read(x)\n--\n\nRead a float32 array; the bytes read."},
+    {"roof_read", (PyCFunction)(void (*)(void))roof_read, METH_FASTCALL,
+     "roof_read(x, ahead)\n--\n\nRead a float32 array, asking for what is so many bytes "
+     "ahead; the bytes read."},
     {"roof_copy", (PyCFunction)(void (*)(void))roof_copy, METH_FASTCALL,
      "roof_copy(x, out)\n--\n\nCopy a float32 array; the bytes read and written."},
     {NULL, NULL, 0, NULL},

@@ -376,10 +376,10 @@ typedef struct {
 
 /* ---- roof: the machine's own limits, for the benchmarks ---- */
 
-/* Runs `rounds` times through registers, or once through n bytes. The result keeps the
-   compiler from leaving the work out. */
+/* Runs `rounds` times through registers, or once through n bytes, asking for those `ahead` of
+   what is read. The result keeps the compiler from leaving the work out. */
 typedef float nf_roof_registers(size_t rounds);
-typedef float nf_roof_read(const void *p, size_t bytes);
+typedef float nf_roof_read(const void *p, size_t bytes, size_t ahead);
 
 enum { NF_ROOF_SUMS = 12 }; /* independent chains: the latency of an FMA times two pipes */
 
