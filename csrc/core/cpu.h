@@ -1,4 +1,4 @@
-/* Which instruction sets this processor and operating system have. */
+/* Which instruction sets this processor and operating system have, and how it rounds. */
 #ifndef NF_CPU_H
 #define NF_CPU_H
 
@@ -11,5 +11,30 @@ nf_isa nf_cpu_isa(void);
 
 /* The one called `name`, or NF_ISA_COUNT where there is none of that name. */
 nf_isa nf_isa_of_name(const char *name);
+
+/* From here on to nf_denormals_as_before, which takes what this returns, results of this thread
+   that would be denormal are 0: on many processors each costs some 150 cycles. Elsewhere than on
+   x86 nothing changes. */
+static inline unsigned
+nf_denormals_to_zero(void)
+{
+#ifdef __SSE__
+    const unsigned before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(before | 0x8000);
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static inline void
+nf_denormals_as_before(unsigned before)
+{
+#ifdef __SSE__
+    __builtin_ia32_ldmxcsr(before);
+#else
+    (void)before;
+#endif
+}
 
 #endif

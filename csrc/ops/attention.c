@@ -1,8 +1,13 @@
 /* The plans of attention. Forward: a task is some blocks of queries of a head. Backward: for each KV
    head, tasks that prepare the blocks of queries, then one for each block of its keys. The bits
-   do not depend on the cut. */
+   do not depend on the cut.
+
+   Results that would be denormal are 0. The weights of keys that stand far behind under ALiBi
+   are just above 2^-126: a product with one was denormal, and a pass took up to 6.8 times as
+   long. */
 #include "ops/attention.h"
 
+#include "core/cpu.h"
 #include "core/pool.h"
 #include "core/threads.h"
 
@@ -15,7 +20,9 @@ static void
 run_task(size_t index, void *pointer, void *scratch)
 {
     const attention_work *w = pointer;
+    const unsigned mode = nf_denormals_to_zero();
     w->task(w->p, index, scratch);
+    nf_denormals_as_before(mode);
 }
 
 static nf_status

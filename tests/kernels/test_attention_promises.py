@@ -220,6 +220,14 @@ def test_error_is_at_most_twice_that_of_the_naive_formula(features):
     assert (ours <= 2 * plain).all(), ours / plain
 
 
+@pytest.mark.parametrize("queries", [1, 60])
+def test_the_caller_has_its_denormal_numbers_as_before(queries):
+    q, k, v = arrays(2, 1, queries, 60, 16)
+    out, saved = attention_forward(q, k, v)
+    attention_backward(np.ones_like(out), saved)
+    assert (np.full(8, np.finfo(np.float32).tiny) / np.float32(2) > 0).all()
+
+
 MEMORY = """
 import resource, numpy as np, numformer as nf
 from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward

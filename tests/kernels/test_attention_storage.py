@@ -37,14 +37,19 @@ def same(a, b):
     return a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def nothing(x):
+    """Where a result may be 0 in place of x: below the least normal float32."""
+    return np.abs(x.astype(np.float32)) < np.finfo(np.float32).tiny
+
+
 @pytest.mark.parametrize("dtype", SHORT)
-def test_every_number_comes_back_as_it_was(dtype):
+def test_every_number_comes_back_as_it_was_or_as_0_below_the_normal_ones(dtype):
     v = np.arange(65536, dtype=np.uint16).view(dtype).reshape(256, 1, 1, 256)
     q = np.zeros((256, 1, 60, 8), dtype)
     with np.errstate(invalid="ignore"):
         for queries in (1, 60):
             out = sdpa(q[:, :, :queries], q[:, :, :1], v)
-            assert same(out, np.broadcast_to(v, out.shape))
+            assert same(np.where(nothing(v) & (out == 0), v, out), np.broadcast_to(v, out.shape))
 
 
 @pytest.mark.parametrize("dtype", SHORT)
@@ -54,7 +59,7 @@ def test_results_are_rounded_to_the_nearest_and_ties_to_even(dtype):
     pair = np.stack([bits, bits + np.uint16(1)])[None, None].view(dtype)        # of neighbours
     q, want = np.zeros((1, 1, 1, 8), dtype), pair[:, :, :1].astype(float) / 2 + pair[:, :, 1:].astype(float) / 2
     out = sdpa(q, np.zeros((1, 1, 2, 8), dtype), pair)
-    assert (out == want.astype(dtype)).all()
+    assert ((out == want.astype(dtype)) | nothing(want) & (out == 0)).all()
     assert (out.view(np.uint16) & 1 == 0).all()
     assert (sdpa(-q, np.zeros((1, 1, 2, 8), dtype), -pair) == -out).all()
 

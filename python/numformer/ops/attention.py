@@ -190,6 +190,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
 
     Sq Sk (D + Dv) multiply-adds a head, half of it causal; the backward pass takes 2.5 times as many. Both need
     memory O(S D).
+
+    On x86 a product, sum or result below the least normal number (2**-126; float64: 2**-1022) is 0, in the gradients
+    too: processors are up to a hundred times as slow on such numbers, which the weights of far keys would make.
     """
     arrays = type(query) is type(key) is type(value) is np.ndarray
     extras = (window_size != (-1, -1) or softcap or alibi_slopes is not None or sinks is not None
