@@ -226,8 +226,9 @@ typedef struct {
     nf_mask_gradient mask_gradient;
     void *dmask; /* zeros */
     ptrdiff_t dmask_strides[4];
-    void *dslopes; /* (B, H, blocks of keys): the sum of each; or NULL */
-    void *dsinks;  /* of each row; or NULL */
+    void *dslopes;     /* (B, H, blocks of keys): the sum of each; or NULL */
+    void *dsinks;      /* of each row; or NULL */
+    ptrdiff_t abreast; /* KV heads whose tasks alternate: about as many as threads */
 } nf_attention;
 
 /* A task: the index-th of its pass. Every count and size follows from the shapes alone. */
