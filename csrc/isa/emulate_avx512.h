@@ -27,15 +27,16 @@
 #define _mm512_cvtps_ph(a, rounding) nf_emulate_to_half(a)
 #define _mm512_cvtepu16_epi32(a)                                                           \
     ((__m512i) __builtin_convertvector((nf_unsigned_shorts)(a), vi32))
-#define _mm512_cvtepi8_epi32(a)  ((__m512i) __builtin_convertvector((nf_bytes)(a), vi32))
-#define _mm512_cvtepi32_ps(a)    ((__m512) __builtin_convertvector((vi32)(a), vf32))
-#define _mm512_madd_epi16(a, b)  simde_mm512_madd_epi16(a, b) /* misspelt there */
-#define _mm512_fmadd_ps(a, b, c) nf_emulate_fma_f32(a, b, c)
-#define _mm512_fmadd_pd(a, b, c) nf_emulate_fma_f64(a, b, c)
-#define _mm512_fmsub_ps(a, b, c) nf_emulate_fma_f32(a, b, -(c))
-#define _mm512_fmsub_pd(a, b, c) nf_emulate_fma_f64(a, b, -(c))
-#define _mm512_scalef_ps(v, n)   nf_emulate_scale_f32(v, n)
-#define _mm512_scalef_pd(v, n)   nf_emulate_scale_f64(v, n)
+#define _mm512_cvtepi8_epi32(a) ((__m512i) __builtin_convertvector((nf_bytes)(a), vi32))
+#define _mm512_cvtepi32_ps(a)   ((__m512) __builtin_convertvector((vi32)(a), vf32))
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b) /* misspelt there */
+#define _mm512_mask_expand_ps(v, mask, a) ((__m512)nf_emulate_expand(v, mask, (vi32)(a)))
+#define _mm512_fmadd_ps(a, b, c)          nf_emulate_fma_f32(a, b, c)
+#define _mm512_fmadd_pd(a, b, c)          nf_emulate_fma_f64(a, b, c)
+#define _mm512_fmsub_ps(a, b, c)          nf_emulate_fma_f32(a, b, -(c))
+#define _mm512_fmsub_pd(a, b, c)          nf_emulate_fma_f64(a, b, -(c))
+#define _mm512_scalef_ps(v, n)            nf_emulate_scale_f32(v, n)
+#define _mm512_scalef_pd(v, n)            nf_emulate_scale_f64(v, n)
 #define _mm512_maskz_loadu_ps(mask, p)    ((__m512)nf_emulate_load(p, 4, mask))
 #define _mm512_maskz_loadu_pd(mask, p)    ((__m512d)nf_emulate_load(p, 8, mask))
 #define _mm512_mask_storeu_ps(p, mask, v) nf_emulate_store(p, 4, mask, (vi32)(v))
@@ -44,6 +45,16 @@
 typedef int8_t nf_bytes __attribute__((vector_size(16)));
 typedef int16_t nf_shorts __attribute__((vector_size(32)));
 typedef uint16_t nf_unsigned_shorts __attribute__((vector_size(32)));
+
+NF_INLINE vi32
+nf_emulate_expand(__m512 v, unsigned mask, vi32 a)
+{
+    vi32 r = (vi32)v;
+    for (int i = 0, k = 0; i < 16; i++) {
+        r[i] = mask >> i & 1 ? a[k++] : r[i];
+    }
+    return r;
+}
 
 NF_INLINE __m512
 nf_emulate_half(__m256i a)
