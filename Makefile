@@ -16,7 +16,7 @@ INCLUDES = $(wildcard csrc/*/*.inc)
 help:
 	@echo "make demo   the tour: pretrain, align, prune, quantize, generate (MINUTES=6 OUT=out SEED=0)"
 	@echo "make test   every test"
-	@echo "make bench  every benchmark at this machine's level, and the table of all levels (BENCH='linear gelu' for some)"
+	@echo "make bench  every benchmark on this machine, and the table of all kinds of machines (BENCH='linear gelu' for some)"
 	@echo "make lint   formats, ruff, mypy on the stubs, a build in which a warning is an error"
 	@echo "make asan   the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make old    the kernel tests of the baseline on an emulated processor without AVX (qemu-user)"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.units import amount
+from benchmarks.units import amount, kind_of
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parent / "README.md"
@@ -18,27 +18,27 @@ BEGIN, END = "<!-- benchmarks -->\n", "<!-- end of benchmarks -->\n"
 
 
 def table():
-    """All results as Markdown: a line for each machine, then a row a piece of work and a column a level."""
+    """All results as Markdown: a line for each machine, then a row a piece of work and a column a kind."""
     results = [json.loads(path.read_text()) for path in sorted((FOLDER / "results").glob("*/*.json"))]
     results.sort(key=lambda result: LEVELS.index(result["machine"]["isa"]))
-    levels = list(dict.fromkeys(result["machine"]["isa"] for result in results))
+    kinds = list(dict.fromkeys(kind_of(result["machine"]) for result in results))
     machines = dict.fromkeys(machine_of(result["machine"]) for result in results)
     benchmarks = {}
     for result in results:
-        level, heading = result["machine"]["isa"], f"**{result['title']}**"
+        kind, heading = kind_of(result["machine"]), f"**{result['title']}**"
         rows = benchmarks.setdefault(result["title"], {heading: {}})
-        rows[heading][level] = result["date"]
+        rows[heading][kind] = result["date"]
         for row in result["rows"]:
-            rows.setdefault(row["name"], {"goal": row["goal"] or ""})[level] = cell_of(row)
-    lines = [*machines, "", line("work", "goal", *levels), "|---|---|" + "---|" * len(levels)]
+            rows.setdefault(row["name"], {"goal": row["goal"] or ""})[kind] = cell_of(row)
+    lines = [*machines, "", line("work", "goal", *kinds), "|---|---|" + "---|" * len(kinds)]
     for title in sorted(benchmarks):
-        lines += [line(name, *(cells.get(column, "") for column in ("goal", *levels)))
+        lines += [line(name, *(cells.get(column, "") for column in ("goal", *kinds)))
                   for name, cells in benchmarks[title].items()]
     return "\n".join(lines) + "\n"
 
 
 def machine_of(where):
-    return (f"- {where['isa']}: {where['processor']}, {where['threads']} threads, NumPy {where['numpy']}, "
+    return (f"- {kind_of(where)}: {where['processor']}, {where['threads']} threads, NumPy {where['numpy']}, "
             f"torch {where['torch']}")
 
 

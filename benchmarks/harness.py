@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import THREADS
-from benchmarks.units import amount
+from benchmarks.units import amount, kind_of
 from numformer import _core
 
 try:
@@ -155,10 +155,10 @@ class Suite:
         return f"{row['name']:<44} {' | '.join(parts)}{goal}"
 
     def finish(self):
-        """Write benchmarks/results/<isa>/<title>.json with the machine described."""
+        """Write benchmarks/results/<kind of machine>/<title>.json with the machine described."""
         where = machine()
-        path = Path(__file__).parent / "results" / where["isa"] / f"{self.title}.json"
+        path = Path(__file__).parent / "results" / kind_of(where) / f"{self.title}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"title": self.title, "date": time.strftime("%Y-%m-%d"), "machine": where,
                                     "rows": self.rows}, indent=1) + "\n")
-        print(f"written: benchmarks/results/{where['isa']}/{path.name}")
+        print(f"written: benchmarks/results/{path.parent.name}/{path.name}")

@@ -1,4 +1,6 @@
-"""How rates are written: 54.3 GFLOP/s, 1.69 G elements/s, 2,232 tokens/s."""
+"""How rates are written: 54.3 GFLOP/s, 1.69 G elements/s, 2,232 tokens/s; and kinds of machines: avx2-amd."""
+import re
+
 SYMBOLS = ("FLOP", "OP", "B")       # operations on floats and on integers, bytes: their prefix has no space behind
 
 
@@ -8,3 +10,8 @@ def amount(rate, unit):
         if rate >= size:
             return f"{rate / size:.3g} {prefix}{'' if unit in SYMBOLS else ' '}{unit}/s"
     return f"{rate:,.0f} {unit}/s" if rate >= 100 else f"{rate:.2g} {unit}/s"
+
+
+def kind_of(machine):
+    """The kind of a machine as results describe it: its level of instructions and its processor's maker."""
+    return f"{machine['isa']}-{re.match('[A-Za-z0-9]+', machine['processor'])[0].lower()}"
