@@ -58,6 +58,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
+       nf_add_beyond_f32(a, b, x, limit)             the integers a + b as floats, but 0 in lanes
+                                                     where x <= limit
        nf_any_less_f32(a, b)                         whether a lane of a is less than that of b
        nf_any_negative(sign)                         whether the sign bit of a lane is set
        nf_where_negative(sign, a, b)                 a in lanes whose sign bit is set, else b
@@ -126,6 +128,20 @@ NF_INLINE vf64
 nf_add_product_f64(vf64 sum, vf64 a, vf64 b)
 {
     return sum + a * b;
+}
+#endif
+
+#if NF_BYTES != 64 /* AVX-512 has registers of their own for what a comparison gives */
+NF_INLINE vf32
+nf_add_beyond_f32(vu32 a, vu32 b, vf32 x, vf32 limit)
+{
+    return (vf32)((a + b) & ~(vu32)(x <= limit));
+}
+
+NF_INLINE vf64
+nf_add_beyond_f64(vu64 a, vu64 b, vf64 x, vf64 limit)
+{
+    return (vf64)((a + b) & ~(vu64)(x <= limit));
 }
 #endif
 

@@ -87,6 +87,21 @@ nf_min_f64(vf64 a, vf64 b)
     return (vf64)_mm512_min_pd((__m512d)b, (__m512d)a);
 }
 
+NF_INLINE vf32
+nf_add_beyond_f32(vu32 a, vu32 b, vf32 x, vf32 limit)
+{
+    return (vf32)_mm512_maskz_add_epi32(
+        _mm512_cmp_ps_mask((__m512)x, (__m512)limit, _CMP_NLE_UQ), (__m512i)a, (__m512i)b);
+}
+
+NF_INLINE vf64
+nf_add_beyond_f64(vu64 a, vu64 b, vf64 x, vf64 limit)
+{
+    return (vf64)_mm512_maskz_add_epi64(
+        _mm512_cmp_pd_mask((__m512d)x, (__m512d)limit, _CMP_NLE_UQ), (__m512i)a,
+        (__m512i)b);
+}
+
 NF_INLINE int
 nf_any_less_f32(vf32 a, vf32 b)
 {
