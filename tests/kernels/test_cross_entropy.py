@@ -173,3 +173,13 @@ def test_bad_inputs_are_named():
             nf.token_log_probs(x, t, temperature=temperature)
         with pytest.raises(ValueError, match="temperature"):
             nf.softmax_entropy(x, temperature=temperature)
+
+
+@pytest.mark.parametrize(("dtype", "power"), [(np.float32, -90), (np.float64, -900)])
+def test_the_gradient_of_a_small_gradient_is_as_precise(dtype, power):
+    small, dx = dtype(2.0) ** power, []
+    for scale in (1, small):
+        t = nf.Tensor(3 * normal(4, 100, dtype=dtype), requires_grad=True)
+        nf.cross_entropy(t, np.arange(4), reduction="sum").backward(np.asarray(scale, dtype))
+        dx.append(t.grad)
+    np.testing.assert_allclose(dx[1] / small, dx[0], rtol=1e-5, atol=1e-6)

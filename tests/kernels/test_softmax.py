@@ -116,3 +116,15 @@ def test_the_exponential_of_rows_has_the_bits_of_exp_down_to_the_denormals(n, dt
     y[0], dy[0] = -np.inf, -1           # dx = dy - exp(y) sum(dy)
     np.testing.assert_array_equal(_core.log_softmax_backward(dy, y)[1:], _core.exp(y)[1:])
     assert (_core.exp(y)[1:] < np.finfo(dtype).tiny).sum() > 10
+
+
+@pytest.mark.parametrize("function", [nf.softmax, nf.log_softmax])
+@pytest.mark.parametrize(("dtype", "power"), [(np.float32, -90), (np.float64, -900)])
+def test_the_gradient_of_a_small_gradient_is_as_precise(function, dtype, power):
+    small = dtype(2.0) ** power
+    dy, dx = normal(4, 100, dtype=dtype, seed=1), []
+    for scale in (1, small):
+        t = nf.Tensor(3 * normal(4, 100, dtype=dtype), requires_grad=True)
+        function(t).backward(dy * scale)
+        dx.append(t.grad)
+    np.testing.assert_allclose(dx[1] / small, dx[0], rtol=1e-5, atol=1e-6)
