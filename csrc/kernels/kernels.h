@@ -82,7 +82,7 @@ typedef void nf_dropout_kernel(const void *x, void *y, size_t n, uint64_t key,
     K(dropout, nf_dropout_kernel)
 #define NF_PLAIN_KERNELS_elementwise(K)
 
-/* ---- rowwise: norms, softmaxes, losses, embedding, rotary ---- */
+/* ---- rowwise: norms, softmaxes, losses, draws, embedding, rotary ---- */
 
 /* Rows begin .. end-1 of an op: kernels/rowwise.h has the structs that args points to. */
 #define NF_KERNELS_rowwise(K)                                                              \
@@ -99,6 +99,7 @@ typedef void nf_dropout_kernel(const void *x, void *y, size_t n, uint64_t key,
     K(cross_entropy_backward, nf_row_kernel)                                               \
     K(softmax_entropy, nf_row_kernel)                                                      \
     K(softmax_entropy_backward, nf_row_kernel)                                             \
+    K(categorical, nf_row_kernel)                                                          \
     K(embedding, nf_row_kernel)                                                            \
     K(embedding_backward, nf_row_kernel)                                                   \
     K(rotary, nf_row_kernel)

@@ -86,6 +86,15 @@ typedef struct {
     size_t n;
 } nf_entropy;
 
+/* categorical: an element of each row by its weight. */
+typedef struct {
+    const void *weights; /* T (rows, n) */
+    const double *u;     /* (rows), each in [0, 1) */
+    int64_t *chosen;     /* (rows) */
+    ptrdiff_t step;
+    size_t n;
+} nf_categorical;
+
 /* embedding: out[row] = weight[ids[row]]. */
 typedef struct {
     const int64_t *ids; /* (rows), each a row of weight */

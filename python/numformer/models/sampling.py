@@ -1,6 +1,8 @@
 """Choose the next token from logits, in the order of Hugging Face's samplers: temperature, top-k, top-p, min-p."""
 import numpy as np
 
+from numformer import _core
+
 __all__ = ["check_options", "sample"]
 
 
@@ -25,7 +27,7 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, rng=N
     """
     if temperature == 0:
         return logits.argmax(-1)
-    x = logits / logits.dtype.type(temperature)
+    x = logits if temperature == 1 else logits / logits.dtype.type(temperature)
     tokens = None               # the vocabulary entry of each column, where they were sorted
     if top_k is not None and top_k < x.shape[-1]:
         tokens = np.argpartition(x, -top_k, axis=-1)[:, -top_k:]
@@ -34,12 +36,11 @@ def sample(logits, *, temperature=1.0, top_k=None, top_p=None, min_p=None, rng=N
         order = np.argsort(-x, axis=-1, kind="stable")
         x = np.take_along_axis(x, order, -1)
         tokens = order if tokens is None else np.take_along_axis(tokens, order, -1)
-    p = np.exp(x - x.max(-1, keepdims=True))
+    p = _core.softmax(x)
     if top_p is not None and top_p < 1:
         before = np.cumsum(p, -1, dtype=np.float64) - p
         p = np.where(before < top_p * p.sum(-1, keepdims=True, dtype=np.float64), p, 0)
     if min_p is not None:
-        p = np.where(p >= min_p, p, 0)          # the largest is exp(0)
-    mass = np.cumsum(p, -1, dtype=np.float64)
-    column = (mass <= rng.random(len(p))[:, None] * mass[:, -1:]).sum(-1)
+        p = np.where(p >= min_p * p.max(-1, keepdims=True), p, 0)
+    column = _core.categorical(p, rng.random(len(p)))
     return column if tokens is None else np.take_along_axis(tokens, column[:, None], -1)[:, 0]

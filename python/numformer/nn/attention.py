@@ -161,7 +161,13 @@ class MultiHeadAttention(Module):
         return y.reshape(batch, length, self.n_head * self.head_dim)
 
     def _turned(self, qkv, rotary):
-        """Query, key and value of each head, at their positions."""
+        """Query, key and value of each head, at their positions; an array `qkv` is turned in place."""
+        if type(qkv) is np.ndarray:
+            heads, n, end = qkv.reshape(*qkv.shape[:2], -1, self.head_dim).swapaxes(1, 2), self.n_head, -self.n_kv_head
+            if rotary is not None:
+                turned = heads[:, :end]
+                nf.rotary_embedding(turned, *rotary, out=turned)
+            return heads[:, :n], heads[:, n:end], heads[:, end:]
         q, k, v = split_heads(qkv, self.n_head, self.n_kv_head)
         if rotary is not None:
             q, k = nf.rotary_embedding(q, *rotary), nf.rotary_embedding(k, *rotary)
