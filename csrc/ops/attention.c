@@ -47,6 +47,16 @@ cycles(const nf_attention *p)
            * (double)(p->dim + p->value_dim + 16) / 16;
 }
 
+/* Of decode: keys and values come at some 2 numbers a cycle, and a head has to be set up. */
+static double
+decode_cycles(const nf_attention *p)
+{
+    enum { SET_UP = 500 };
+    return cycles(p)
+           + (double)p->batch * (double)p->kv_heads
+                 * ((double)p->keys * (double)(p->dim + p->value_dim) / 2 + SET_UP);
+}
+
 /* (B + 1): blocks before each sequence; the last is the count of all. */
 static void
 count_blocks(const int64_t *starts, ptrdiff_t batch, ptrdiff_t block, ptrdiff_t *before)
@@ -105,7 +115,7 @@ decode(const nf_attention_kernels *kernels, nf_attention *p)
     }
     kernels->decode_begin(p);
     const nf_status status =
-        run(kernels->decode, p, tasks, cycles(p), kernels->decode_scratch(p));
+        run(kernels->decode, p, tasks, decode_cycles(p), kernels->decode_scratch(p));
     nf_pool_free(p->workspace);
     return status;
 }
