@@ -29,6 +29,12 @@ def _unbroadcast(gradient, shape):
 
 def _operands(op, a, b):
     """`a` and `b` in one float dtype; numbers and integer arrays take that of the other."""
+    if type(a) is Tensor:
+        dtype = a.data.dtype
+        if type(b) is Tensor and b.data.dtype is dtype and dtype.kind == "f":
+            return a, b
+        if type(b) in (int, float) and dtype.kind == "f":
+            return a, np.array(b, dtype)
     dtype_a, dtype_b = _float_dtype(a), _float_dtype(b)
     if dtype_a is None and dtype_b is None:
         return _plain(a), _plain(b)
