@@ -86,13 +86,12 @@ def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
     if activation not in _ACTIVATIONS:
         names = ", ".join(map(repr, filter(None, _ACTIVATIONS)))
         raise ValueError(f"quant.linear: activation must be None, {names}, got {activation!r}")
-    recorded = [type(t) is Tensor for t in (x, bias)]
-    if not recorded[0]:
+    if type(x) is not Tensor:
         x = as_array(x, "quant.linear", "x")
-    if bias is not None and not recorded[1]:
+    if bias is not None and type(bias) is not Tensor:
         bias = as_array(bias, "quant.linear", "bias")
-    if not any(recorded):
-        return linear_forward(x, bias, qweight, compute=compute, activation=activation, out=out, keep=False)[0]
+    if type(x) is not Tensor and type(bias) is not Tensor:
+        return _core.quant_linear(x, qweight.packed(), bias, _COMPUTE[compute], _ACTIVATIONS[activation][0], out)
     keep = is_recording() and any(t.requires_grad for t in (x, bias) if type(t) is Tensor)
     return apply(linear_forward, linear_backward, x, bias, qweight, compute=compute, activation=activation, out=out,
                  keep=keep)
