@@ -335,10 +335,11 @@ typedef struct {
 
 /* Rows `row` .. by panels `panel` .., all of K: y[i, n] of the whole product is written, or,
    of weights in one group, integers[i, n] = d, without scales. Meanwhile the cache is asked for
-   `next`, `ask` bytes for 8 depths. */
+   `next`, `ask` bytes for 8 depths. Weights are read at `u`, where panel `panel` lies. */
 typedef struct {
     const nf_quant_weights *w;
     const nf_quant_rows *x;
+    const uint8_t *u;
     size_t row, rows, panel, panels;
     const float *bias; /* (n) or NULL */
     float *y;

@@ -3,7 +3,11 @@
    A task is a run of rows by a strip of panels. A panel of 4-bit weights of K = 4096 is 32 KB
    and stays near while every tile of the run passes; the run, RUN x K bytes, stays in L2 for
    all panels of the strip. With few rows a task streams STREAM bytes of weights once. Tasks
-   share nothing and an output belongs to one task. */
+   share nothing and an output belongs to one task.
+
+   Bytes that int8_matmul must pack first are packed strip by strip where there are enough
+   strips: a task packs one into memory that stays in L2 and multiplies all rows by it. Packed
+   as a whole they would go to memory and come back. */
 #include "ops/quant.h"
 
 #include <string.h>
@@ -19,6 +23,8 @@ enum {
     FLOAT_DEPTH = 256, /* a panel of floats: 16 KB */
     ROWS_OF_TASK = 8,  /* to quantize */
     ROUND = 64,
+    PACKED = 1 << 20,     /* bytes of a strip that a task packs for itself */
+    STRIPS_OF_THREAD = 4, /* at least, if tasks pack */
 };
 
 static inline size_t
@@ -53,8 +59,8 @@ set_shape(nf_quant_weights *w, size_t n, size_t k, size_t group, int bits, int h
 }
 
 typedef struct {
-    nf_quant_weights *w;
-    uint8_t *out;
+    const nf_quant_weights *w;
+    uint8_t *out; /* all panels, if they stay */
     const uint8_t *u;
     uint8_t flip; /* 0x80 where u is signed bytes */
 } pack_work;
@@ -66,16 +72,20 @@ element(const uint8_t *row, size_t k, int bits)
     return bits == 8 ? row[k] : (uint8_t)(row[k / 2] >> (k % 2 * 4) & 15);
 }
 
-static void
-pack_panel(size_t p, void *pointer, void *scratch)
+static inline size_t
+panel_bytes(const nf_quant_weights *w)
 {
-    (void)scratch;
-    const pack_work *const job = pointer;
+    return w->depth * (size_t)w->bits / 8 * NF_QUANT_PANEL;
+}
+
+/* Panel p to `out`. */
+static void
+pack_panel(const pack_work *job, size_t p, uint8_t *out)
+{
     const nf_quant_weights *const w = job->w;
     const int bits = w->bits;
     const size_t row_bytes = bits == 8 ? w->k : (w->k + 1) / 2;
     const size_t values = 32 / (size_t)bits; /* of a column in each step */
-    uint8_t *const out = job->out + p * w->depth * (size_t)bits / 8 * NF_QUANT_PANEL;
     const size_t columns = nf_least(NF_QUANT_PANEL, w->n - p * NF_QUANT_PANEL);
     const uint8_t *const rows = job->u + p * NF_QUANT_PANEL * row_bytes;
     size_t done = 0; /* depths; all but the last few where the layout has no gaps */
@@ -100,12 +110,20 @@ pack_panel(size_t p, void *pointer, void *scratch)
     }
 }
 
+static void
+pack_task(size_t p, void *pointer, void *scratch)
+{
+    (void)scratch;
+    const pack_work *const job = pointer;
+    pack_panel(job, p, job->out + p * panel_bytes(job->w));
+}
+
 static nf_status
 pack(nf_quant_weights *w, const uint8_t *u, uint8_t flip, uint8_t *out)
 {
     pack_work job = {.w = w, .out = out, .u = u, .flip = flip};
     w->u = out;
-    return nf_parallel(w->panels, (double)w->n * (double)w->k / 4, 0, pack_panel, &job);
+    return nf_parallel(w->panels, (double)w->n * (double)w->k / 4, 0, pack_task, &job);
 }
 
 /* (N, groups) of `size` bytes each to (panels, groups, PANEL) of `to_size`, zero-extended. */
@@ -171,6 +189,7 @@ typedef struct {
     float *y;
     int32_t *integers;
     size_t runs, strips;
+    const pack_work *pack; /* NULL: weights are packed */
 } product;
 
 static void
@@ -209,11 +228,40 @@ ask_for_panels(const nf_quant_weights *w, size_t panel, size_t i, size_t tiles,
                nf_quant_tile *tile)
 {
     const size_t bytes = (size_t)w->bits * NF_QUANT_PANEL; /* of 8 depths of a panel */
-    tile->next = w->u;
     if (tiles > 1 && panel < w->panels) {
         tile->ask = tile->panels * bytes / tiles;
-        tile->next += (panel * bytes + i * tile->ask) * (w->depth / 8);
+        tile->next = w->u + (panel * bytes + i * tile->ask) * (w->depth / 8);
     }
+}
+
+/* Run `run` by panels that lie at u. */
+static void
+multiply_run(const product *p, size_t run, size_t panel, size_t panels, const uint8_t *u)
+{
+    const nf_quant_kernels *const kernels = nf_kernels.quant;
+    size_t rows;
+    const size_t row = cut(p->rows, p->runs, run, &rows);
+    const size_t tiles = nf_parts(rows, kernels->rows);
+    const size_t step = kernels->panels[nf_parts(rows, tiles) - 1];
+    for (size_t j = 0; j < panels; j += step) {
+        for (size_t i = 0; i < tiles; i++) {
+            nf_quant_tile tile = {.w = p->w,
+                                  .x = &p->x,
+                                  .u = u + j * panel_bytes(p->w),
+                                  .panel = panel + j,
+                                  .panels = nf_least(step, panels - j),
+                                  .bias = p->bias,
+                                  .y = p->y,
+                                  .integers = p->integers,
+                                  .next = u};
+            tile.row = row + cut(rows, tiles, i, &tile.rows);
+            if (p->pack == NULL) {
+                ask_for_panels(p->w, panel + j + step, i, tiles, &tile);
+            }
+            kernels->multiply(&tile);
+        }
+    }
+    activate(p, row, rows, panel, panels);
 }
 
 static void
@@ -221,27 +269,24 @@ multiply_task(size_t index, void *pointer, void *scratch)
 {
     (void)scratch;
     const product *const p = pointer;
-    const nf_quant_kernels *const kernels = nf_kernels.quant;
-    size_t rows, panels;
-    const size_t row = cut(p->rows, p->runs, index / p->strips, &rows);
+    size_t panels;
     const size_t panel = cut(p->w->panels, p->strips, index % p->strips, &panels);
-    const size_t tiles = nf_parts(rows, kernels->rows);
-    const size_t step = kernels->panels[nf_parts(rows, tiles) - 1];
-    for (size_t j = 0; j < panels; j += step) {
-        for (size_t i = 0; i < tiles; i++) {
-            nf_quant_tile tile = {.w = p->w,
-                                  .x = &p->x,
-                                  .panel = panel + j,
-                                  .panels = nf_least(step, panels - j),
-                                  .bias = p->bias,
-                                  .y = p->y,
-                                  .integers = p->integers};
-            tile.row = row + cut(rows, tiles, i, &tile.rows);
-            ask_for_panels(p->w, panel + j + step, i, tiles, &tile);
-            kernels->multiply(&tile);
-        }
+    multiply_run(p, index / p->strips, panel, panels, p->w->u + panel * panel_bytes(p->w));
+}
+
+/* Packs a strip and multiplies all rows by it. */
+static void
+pack_and_multiply_task(size_t index, void *pointer, void *scratch)
+{
+    const product *const p = pointer;
+    size_t panels;
+    const size_t panel = cut(p->w->panels, p->strips, index, &panels);
+    for (size_t j = 0; j < panels; j++) {
+        pack_panel(p->pack, panel + j, (uint8_t *)scratch + j * panel_bytes(p->w));
     }
-    activate(p, row, rows, panel, panels);
+    for (size_t run = 0; run < p->runs; run++) {
+        multiply_run(p, run, panel, panels, scratch);
+    }
 }
 
 /* The same with weights as floats: `scratch` holds FLOAT_DEPTH depths of a panel. */
@@ -281,9 +326,8 @@ static void
 cut_product(product *p)
 {
     const nf_quant_weights *const w = p->w;
-    const size_t panel_bytes = w->depth * (size_t)w->bits / 8 * NF_QUANT_PANEL;
     const size_t most =
-        p->rows <= nf_kernels.quant->rows ? STREAM / panel_bytes + 1 : STRIP;
+        p->rows <= nf_kernels.quant->rows ? STREAM / panel_bytes(w) + 1 : STRIP;
     p->runs = nf_parts(p->rows, RUN);
     p->strips = nf_parts(w->panels, round_up(most, 4));
 }
@@ -317,7 +361,11 @@ multiply_integers(product *p)
                                    (double)rows * (double)w->k / 2, 0, quantize_rows, p);
     if (status == NF_OK) {
         cut_product(p);
-        status = nf_parallel(p->runs * p->strips, cycles(p), 0, multiply_task, p);
+        status = p->pack == NULL
+                     ? nf_parallel(p->runs * p->strips, cycles(p), 0, multiply_task, p)
+                     : nf_parallel(p->strips, cycles(p),
+                                   nf_parts(w->panels, p->strips) * panel_bytes(w),
+                                   pack_and_multiply_task, p);
     }
     nf_pool_free(block);
     return status;
@@ -351,12 +399,18 @@ nf_int8_matmul(const int8_t *a, const int8_t *b, size_t m, size_t n, size_t k, i
 {
     nf_quant_weights w = {0};
     set_shape(&w, n, k, k, 8, 0);
-    uint8_t *const block = nf_pool_allocate(w.panels * NF_QUANT_PANEL * w.depth);
+    product p = {.w = &w, .rows = m, .in = a, .integers = y};
+    const pack_work job = {.w = &w, .u = (const uint8_t *)b, .flip = 0x80};
+    if (STRIP * panel_bytes(&w) <= PACKED
+        && w.panels >= STRIPS_OF_THREAD * STRIP * (size_t)nf_get_num_threads()) {
+        p.pack = &job;
+        return multiply_integers(&p);
+    }
+    uint8_t *const block = nf_pool_allocate(w.panels * panel_bytes(&w));
     if (block == NULL) {
         return NF_NO_MEMORY;
     }
-    product p = {.w = &w, .rows = m, .in = a, .integers = y};
-    nf_status status = pack(&w, (const uint8_t *)b, 0x80, block);
+    nf_status status = pack(&w, job.u, job.flip, block);
     if (status == NF_OK) {
         status = multiply_integers(&p);
     }

@@ -84,6 +84,14 @@ def test_int8_matmul_over_threads_and_strides(threads):
         assert (quant.int8_matmul(a, b) == exact(a, b)).all()
 
 
+@pytest.mark.parametrize("m, k", [(1, 40), (13, 9), (210, 72)])
+def test_int8_matmul_of_many_columns(m, k, threads):
+    a, b = integers(m, k), integers(1030, k, seed=1)
+    for count in (1, 2):
+        threads(count)
+        assert (quant.int8_matmul(a, b) == exact(a, b)).all()
+
+
 def test_int8_matmul_of_nothing():
     assert quant.int8_matmul(integers(0, 4), integers(3, 4)).shape == (0, 3)
     assert quant.int8_matmul(integers(2, 4), integers(0, 4)).shape == (2, 0)
