@@ -73,7 +73,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
                                                      bit is set side by side, and zeros after
        nf_expand_f32(p, lanes, a)                    a, but in the lanes whose bit is set the
                                                      numbers at p in their order
-       nf_product_u32(a, b, &high)                   low and high halves of a times a number
+       nf_product_low_u32(a, b)                      the lower halves of 64-bit lanes times a
+                                                     number
        nf_load_blocks_f32(p, step)                   16 bytes from each of p, p + step, ...
        nf_load_halves_f32(p, step)                   32 bytes from each of p and p + step, of
                                                      vectors of 64

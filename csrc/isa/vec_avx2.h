@@ -161,15 +161,10 @@ nf_pack_f32(float *p, int32_t *places, vf32 sign, vf32 a, int32_t first)
     return (size_t)__builtin_popcount((unsigned)mask);
 }
 
-/* Products of the even lanes and of the odd lanes are made apart. */
-NF_INLINE vu32
-nf_product_u32(vu32 a, uint32_t b, vu32 *high)
+NF_INLINE vu64
+nf_product_low_u32(vu32 a, uint32_t b)
 {
-    const __m256i factor = _mm256_set1_epi32((int)b);
-    const __m256i even = _mm256_mul_epu32((__m256i)a, factor);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)a, 32), factor);
-    *high = (vu32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    return (vu32)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    return (vu64)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi32((int)b));
 }
 
 #include "isa/scale.h"

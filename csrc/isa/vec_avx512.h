@@ -158,15 +158,10 @@ nf_sqrt_f64(vf64 a)
     return (vf64)_mm512_sqrt_pd((__m512d)a);
 }
 
-/* Products of the even lanes and of the odd lanes are made apart. */
-NF_INLINE vu32
-nf_product_u32(vu32 a, uint32_t b, vu32 *high)
+NF_INLINE vu64
+nf_product_low_u32(vu32 a, uint32_t b)
 {
-    const __m512i factor = _mm512_set1_epi32((int)b);
-    const __m512i even = _mm512_mul_epu32((__m512i)a, factor);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)a, 32), factor);
-    *high = (vu32)_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-    return (vu32)_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
+    return (vu64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi32((int)b));
 }
 
 NF_INLINE vf32

@@ -152,16 +152,10 @@ nf_sqrt_f64(vf64 a)
     return (vf64){sqrt(a[0]), sqrt(a[1])};
 }
 
-NF_INLINE vu32
-nf_product_u32(vu32 a, uint32_t b, vu32 *high)
+NF_INLINE vu64
+nf_product_low_u32(vu32 a, uint32_t b)
 {
-    vu32 low;
-    for (int i = 0; i < 4; i++) {
-        const uint64_t product = (uint64_t)a[i] * b;
-        low[i] = (uint32_t)product;
-        (*high)[i] = (uint32_t)(product >> 32);
-    }
-    return low;
+    return ((vu64)a & 0xffffffff) * b;
 }
 
 #include "isa/scale.h"
