@@ -79,6 +79,18 @@ def test_thousands_of_keys_have_the_same_bits_in_any_cut_of_the_work(heads, kv_h
         assert (out[:, :, 0] == whole[:, :, 0]).all() and (lse[:, :, 0] == whole_lse[:, :, 0]).all()
 
 
+@pytest.mark.parametrize("keys, kv_heads, dim", [(70, 2, 40), (1100, 8, 128), (2100, 4, 256)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_a_cache_with_its_heads_side_by_side_gives_the_same_bits(keys, kv_heads, dim, dtype, threads):
+    """Such heads share tasks; rows of the longer caches lie a multiple of 4 KB apart."""
+    q, k, v = (x.astype(dtype) for x in arrays(2 * kv_heads, kv_heads, 1, keys, dim, batch=2))
+    apart = sdpa(q, k, v)
+    k, v = (np.ascontiguousarray(x.swapaxes(1, 2)).swapaxes(1, 2) for x in (k, v))
+    for n in (1, 2):
+        threads(n)
+        assert (sdpa(q, k, v) == apart).all()
+
+
 @pytest.mark.parametrize("queries", [1, 30])
 def test_not_a_number_in_one_group_of_keys_stays_with_the_rows_that_see_it(queries):
     q, k, v = arrays(2, 1, queries, 3000, 16)
