@@ -186,6 +186,39 @@ def test_the_gradient_given_to_backward_is_not_kept():
     assert not any(np.shares_memory(t.grad, g) for t in (a, b, x))
 
 
+def test_leaves_do_not_share_the_gradient_that_one_call_gave_to_both():
+    a, b, weight, g = leaf(1.0, 2.0), leaf(3.0, 4.0), leaf(1.0, 1.0), np.ones(2)
+    nf.add_rms_norm(a, b, weight)[0].backward(g)        # one array for both terms of a sum
+    assert not np.shares_memory(a.grad, b.grad)
+    a.grad = b.grad = None
+    nf.add_layer_norm(a, b, weight)[1].backward(g)      # the gradient of the second of two outputs, passed on
+    checkpoint(lambda t: weight, a).backward(g)
+    assert not any(np.shares_memory(x, y) for x, y in [(a.grad, b.grad), (a.grad, g), (b.grad, g), (weight.grad, g)])
+
+
+def test_a_walk_that_failed_leaves_nothing_behind_for_the_next():
+    def fail(dy, saved):
+        raise ZeroDivisionError
+
+    x = leaf(1.0, 2.0)
+    y = multiply(x, 2.0)
+    bad = apply(lambda a: (a.copy(), None), fail, y)
+    loss, other = add(multiply(y, 1.0), bad), multiply(y, 3.0)      # y is reached before the failure
+    with pytest.raises(ZeroDivisionError):
+        loss.backward(np.ones(2))
+    other.backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, 6.0)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="already walked"):
+            other.backward(np.ones(2))
+
+
+@pytest.mark.parametrize("result", [lambda t: t.data, lambda t: (t, t.data), lambda t: None])
+def test_a_checkpointed_function_must_return_tensors(result):
+    with pytest.raises(TypeError, match="must return a Tensor or a tuple of Tensors, got "):
+        checkpoint(result, leaf(1.0, 2.0))
+
+
 def test_a_gradient_of_a_wrong_shape_is_an_error():
     x = leaf(1.0, 2.0)
     with pytest.raises(ValueError, match="shape"):
