@@ -147,6 +147,29 @@ def test_numbers_and_integer_arrays_take_the_dtype_of_the_tensor():
         assert y.dtype == np.float32
 
 
+@pytest.mark.parametrize("other", [None, 1j, "2", np.array([None, 1.0, 2.0]), np.array("now", "datetime64[s]")])
+def test_what_is_no_real_number_is_an_error(other):
+    x = Tensor(np.ones(3, np.float32))
+    for op in (ar.add, ar.multiply, ar.maximum, lambda a, b: ar.where(x.data > 0, a, b)):
+        for a, b in ((x, other), (other, x)):
+            with pytest.raises(TypeError, match=r"operands must be real numbers .*, got "):
+                op(a, b)
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 2, np.float32(0), np.array([0.0, 1.0, 2.0])])
+def test_powers_of_zero_have_the_gradient_of_a_polynomial(exponent):
+    x = Tensor(np.zeros(3), requires_grad=True)
+    (x**exponent).sum().backward()
+    np.testing.assert_array_equal(x.grad, np.broadcast_to(np.asarray(exponent) == 1, 3))
+
+
+def test_bounds_with_a_gradient_are_refused():
+    x, bound = (Tensor(np.ones(3), requires_grad=True) for _ in range(2))
+    with pytest.raises(TypeError, match="clip: the bounds must be .*; use minimum and maximum"):
+        ar.clip(x, None, bound)
+    assert ar.clip(x, bound.detach(), None).requires_grad
+
+
 def test_two_float_dtypes_are_an_error():
     with pytest.raises(TypeError, match=r"float32 and float64.*astype"):
         Tensor(np.ones(3, np.float32)) * np.ones(3)

@@ -39,12 +39,19 @@ def _operands(op, a, b):
     if dtype_a is None and dtype_b is None:
         return _plain(a), _plain(b)
     if dtype_a is None:
-        return np.asarray(_plain(a), dtype_b), b
+        return _cast(op, a, dtype_b), b
     if dtype_b is None:
-        return a, np.asarray(_plain(b), dtype_a)
+        return a, _cast(op, b, dtype_a)
     if dtype_a != dtype_b:
         raise TypeError(f"{op}: operands must have the same dtype, got {dtype_a} and {dtype_b}; convert with .astype")
     return a, b
+
+
+def _cast(op, x, dtype):
+    """A real number, or an array of integers or booleans, in a float dtype."""
+    if not isinstance(x, numbers.Real) and (x := np.asarray(_plain(x))).dtype.kind not in "biuf":
+        raise TypeError(f"{op}: operands must be real numbers or arrays of them, got {x.dtype}")
+    return np.asarray(x, dtype)
 
 
 def _plain(x):
@@ -219,11 +226,19 @@ def _power_forward(x, exponent):
 
 def _power_backward(dy, saved):
     x, exponent = saved
-    return _unbroadcast(dy * (exponent * x ** (exponent - 1)), x.shape), None
+    # everything to the power of 0 is 1 and has the gradient 0, which 0 * 0**-1 is not
+    if type(exponent) is np.ndarray:
+        down = np.where(exponent == 0, x.dtype.type(0), exponent - 1)
+    else:
+        down = exponent - 1 if exponent else 0
+    return _unbroadcast(dy * (exponent * x**down), x.shape), None
 
 
 def clip(x, low=None, high=None):
-    """`x` held between two numbers or arrays (None: no bound); the gradient is 0 where it was held."""
+    """`x` held between two numbers or arrays (None: no bound), which are constants; the gradient is 0 where it was held."""
+    if any(type(v) is Tensor and v.requires_grad for v in (low, high)):
+        raise TypeError("clip: the bounds must be numbers or arrays, not Tensors that require a gradient; "
+                        "use minimum and maximum")
     low, high = ((None if v is None else np.asarray(v.data if type(v) is Tensor else v, x.dtype)) for v in (low, high))
     return apply(_clip_forward, _clip_backward, x, low=low, high=high)
 
