@@ -195,6 +195,10 @@ def test_adaptive_kl_follows_its_formula_and_its_bounds():
         rlhf.AdaptiveKL(-1)
     with pytest.raises(ValueError, match="above 0, got 0 and 5"):
         rlhf.AdaptiveKL(1, 0, 5)
+    short = rlhf.AdaptiveKL(1, 6, 10)
+    assert 0 < short.update(0, 49) < 0.03
+    with pytest.raises(ValueError, match=r"n must be below 5 horizons, 5 \* 10, got 50; .* a longer horizon"):
+        short.update(0, 50)         # would be 0, and below 0 beyond
 
 
 def test_groups_of_equal_rewards_or_one_member_have_no_advantage():
@@ -329,6 +333,26 @@ def test_a_first_step_has_the_ratio_one_and_the_whole_gradient():
     loss.backward()
     assert metrics["val/ratio"] == 1.0 and metrics["val/ratio_var"] == 0.0 and metrics["policy/clipfrac_avg"] == 0.0
     np.testing.assert_allclose(ours.grad, np.where(mask, -a / mask.sum(), 0), rtol=1e-6)
+
+
+def test_numbers_of_numpy_do_as_numbers_of_python_do():
+    (a, b, c), mask = arrays(3, (4, 17), np.float32)
+    calls = [lambda number: rlhf.gae(a, b, mask, gamma=number(0.99), lam=number(0.9)),
+             lambda number: rlhf.masked_whiten(a, mask, eps=number(1e-3)),
+             lambda number: rlhf.ppo_policy_loss(a, b, c, mask, clip=number(0.1), dual_clip=number(1.5))[0],
+             lambda number: rlhf.ppo_policy_loss(nf.Tensor(a), b, c, mask, dual_clip=number(1.5))[0].data,
+             lambda number: rlhf.ppo_value_loss(a, b, c, mask, clip=number(0.1))[0],
+             lambda number: rlhf.reward_model_loss(a, b, np.full_like(a, 0.1), centering=number(0.1)),
+             lambda number: rlhf.reward_model_loss(nf.Tensor(a), b, number(0.1)).data,
+             lambda number: rlhf.reward_model_loss(a, b, number(0.1)),
+             lambda number: rlhf.dpo_loss(a, b, c, a, beta=number(0.3), label_smoothing=number(0.1)),
+             lambda number: rlhf.grpo_advantages(a[0, :16], 4, eps=number(1e-3))]
+    for call in calls:
+        expected = call(float)
+        for number in (np.float64, np.asarray):
+            for x, y in zip(np.atleast_2d(call(number)), np.atleast_2d(expected), strict=True):
+                assert x.dtype == np.float32
+                np.testing.assert_array_equal(x, y)
 
 
 # Bad input

@@ -287,7 +287,8 @@ def test_rates_rise_from_a_tenth_and_fall_to_nothing():
     ({"schedule": "linear"}, "needs episodes"), ({"kl_form": "k4"}, "one of k1, k2, k3, got 'k4'"),
     ({"missing_eos_penalty": 1.0}, "needs eos_id"), ({"ema_decay": 1.0}, r"in \[0, 1\), got 1.0"),
     ({"adam": "jax"}, "one of torch, tensorflow"), ({"kl_measure": "batch"}, "one of sequence, token"),
-    ({"missing_eos": "add"}, "one of subtract, replace")])
+    ({"missing_eos": "add"}, "one of subtract, replace"),
+    ({"kl_target": 6.0, "kl_horizon": 12, "batch": 64, "minibatch": 64}, "below 5 kl_horizon, .* got 64 and 12")])
 def test_numbers_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         rlhf.PPOConfig(**options)

@@ -43,6 +43,7 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
         raise ValueError(f"gae: rewards must have shape (B, T), got {rewards.shape}")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma and lam must be within 0 .. 1, got {gamma} and {lam}")
+    gamma, lam = float(gamma), float(lam)       # a number of NumPy's would make the sums float64
     mask = read_mask("gae", mask, rewards, "rewards")
     rewards, values = keep(rewards, mask), keep(values, mask)
     advantages = np.zeros_like(rewards)
@@ -130,11 +131,17 @@ class AdaptiveKL:
         self.value, self.target, self.horizon = float(init), target, horizon
 
     def update(self, kl, n):
-        """Take in the mean `kl` of `n` more episodes; return the new value. ValueError where it is not finite."""
+        """Take in the mean `kl` of `n` more episodes; return the new value.
+
+        ValueError where `kl` is not finite, or `n` is 5 horizons or more, which could turn the value's sign.
+        """
         kl = float(kl)
         if not math.isfinite(kl):
             raise ValueError(f"AdaptiveKL: kl must be finite, got {kl}")
         if self.target is not None:
+            if not 0 <= n < 5 * self.horizon:
+                raise ValueError(f"AdaptiveKL: n must be below 5 horizons, 5 * {self.horizon}, got {n}; a coefficient "
+                                 "below 0 would reward the KL: give a longer horizon")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * n / self.horizon
         return self.value

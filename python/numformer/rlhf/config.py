@@ -115,6 +115,9 @@ class PPOConfig:
             raise ValueError("PPOConfig: the linear schedule needs episodes, after which the rate is 0")
         if self.missing_eos_penalty is not None and self.eos_id is None:
             raise ValueError("PPOConfig: missing_eos_penalty needs eos_id")
+        if self.kl_target is not None and not self.batch < 5 * self.kl_horizon:
+            raise ValueError("PPOConfig: batch must be below 5 kl_horizon, or the KL's coefficient could fall below 0, "
+                             f"got {self.batch} and {self.kl_horizon}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"PPOConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
 

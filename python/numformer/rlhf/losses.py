@@ -54,7 +54,7 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, *, clip=0.2, dual_clip=Non
     plain, clipped = ratio * loss_weight, ar.clip(ratio, 1 - clip, 1 + clip) * loss_weight
     slots = ar.maximum(plain, clipped)
     if dual_clip is not None:
-        slots = nf.where(loss_weight > 0, ar.minimum(slots, loss_weight * dual_clip), slots)
+        slots = nf.where(loss_weight > 0, ar.minimum(slots, loss_weight * float(dual_clip)), slots)
     loss = masked_mean(slots, mask)
     change, ratio = constant(change), constant(ratio)
     mean_ratio = masked_mean(ratio, mask)
@@ -145,13 +145,13 @@ def reward_model_loss(chosen, rejected, margin=0.0, *, centering=0.0):
     """
     chosen, rejected = floats("reward_model_loss", chosen=chosen, rejected=rejected)
     same_shape("reward_model_loss", chosen=chosen, rejected=rejected)
-    if np.ndim(margin):
-        margin = np.asarray(constant(margin), chosen.dtype)
+    margin = np.asarray(constant(margin), chosen.dtype)
+    if margin.ndim:
         same_shape("reward_model_loss", chosen=chosen, margin=margin)
     every = np.ones(chosen.shape, bool)
     loss = masked_mean(-ar.log_sigmoid(chosen - rejected - margin), every)
     if centering:
-        loss = loss + masked_mean((chosen + rejected) ** 2, every) * centering
+        loss = loss + masked_mean((chosen + rejected) ** 2, every) * float(centering)
     return loss
 
 
@@ -201,8 +201,8 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
         raise ValueError(f"dpo_loss: beta must be above 0, got {beta}")
     if not 0 <= label_smoothing <= 0.5:
         raise ValueError(f"dpo_loss: label_smoothing must be within 0 .. 0.5, got {label_smoothing}")
-    x = (policy_chosen - policy_rejected - (constant(ref_chosen) - constant(ref_rejected))) * beta
-    losses = -ar.log_sigmoid(x)
+    x = (policy_chosen - policy_rejected - (constant(ref_chosen) - constant(ref_rejected))) * float(beta)
+    losses, label_smoothing = -ar.log_sigmoid(x), float(label_smoothing)
     if label_smoothing:
         losses = losses * (1 - label_smoothing) - ar.log_sigmoid(-x) * label_smoothing
     return masked_mean(losses, np.ones(x.shape, bool))

@@ -117,7 +117,7 @@ def masked_whiten(x, mask, shift_mean=True, *, unbiased=False, eps=1e-8):
     mean = masked_mean(x, mask)
     centred = keep(keep(x, mask) - mean, mask)
     squares = ar.sum(centred * centred)
-    white = centred / ar.sqrt(squares / max(int(mask.sum()) - int(unbiased), 1) + eps)
+    white = centred / ar.sqrt(squares / max(int(mask.sum()) - int(unbiased), 1) + float(eps))
     return white if shift_mean else keep(white + mean, mask)
 
 
