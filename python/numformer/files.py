@@ -1,9 +1,20 @@
 """Files that are there whole or not at all: written aside, synced, renamed."""
 import contextlib
+import json
 import os
 from pathlib import Path
 
-__all__ = ["replace_file"]
+import numpy as np
+
+__all__ = ["replace_file", "state_bytes"]
+
+
+def state_bytes(state):
+    """`state` as JSON in an array of bytes, NumPy's numbers and arrays as numbers and lists.
+
+    So the state of any bit generator comes through: that of some holds arrays.
+    """
+    return np.frombuffer(json.dumps(state, default=lambda x: x.tolist()).encode(), np.uint8)
 
 
 def replace_file(path, content):

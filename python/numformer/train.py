@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from numformer.files import state_bytes
 from numformer.models.pretrained import read_safetensors, write_safetensors
 from numformer.ops.optimizer import adamw_step, global_norm
+from numformer.tensor import Tensor
 
 __all__ = ["AdamW", "Trainer", "clip_grad_norm", "hf_warmup_cosine", "warmup_cosine"]
 
@@ -34,6 +36,11 @@ class AdamW:
         self.params = list(params)
         if not self.params:
             raise ValueError("AdamW: no parameters")
+        for p in self.params:
+            if type(p) is not Tensor:
+                raise TypeError(f"AdamW: params must be Tensors, got {type(p).__name__}; give model.parameters()")
+        if len(set(map(id, self.params))) < len(self.params):
+            raise ValueError("AdamW: a parameter is given twice and would be updated twice in a step")
         if not all(0 <= b < 1 for b in betas):
             raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
@@ -145,10 +152,13 @@ def warmup_cosine(step, *, lr, warmup, total, min_lr=0.0):
 def hf_warmup_cosine(step, *, lr, warmup, total):
     """Hugging Face's get_cosine_schedule_with_warmup: from 0 at step 0 up to lr at `warmup`, half a cosine to 0.
 
-    Parameters and result as of :func:`warmup_cosine`, with 0 for its min_lr.
+    Parameters and result as of :func:`warmup_cosine`, with 0 for its min_lr, from `total` on too, where Hugging Face's
+    rises again.
     """
     if step < warmup:
         return lr * step / max(1, warmup)
+    if step >= total:
+        return 0.0
     return lr * max(0.0, 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))))
 
 
@@ -180,6 +190,9 @@ class Trainer:
 
     def __init__(self, model, batches, optimizer, steps, *, schedule=None, accumulate=1, max_norm=1.0, checkpoint=None,
                  every=100, callbacks=(), progress=None):
+        for name, number in (("accumulate", accumulate), ("every", every)):
+            if number < 1:
+                raise ValueError(f"Trainer: {name} must be 1 or more, got {number}")
         self.model, self.batches, self.optimizer, self.steps = model, batches, optimizer, steps
         self.schedule, self.accumulate, self.max_norm = schedule, accumulate, max_norm
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -189,7 +202,7 @@ class Trainer:
                                 if isinstance(value, np.random.Generator)}.values())
 
     def run(self):
-        """Train up to ``steps``; return the metrics of the last step."""
+        """Train up to ``steps``; return the metrics of the last step (none: an empty dict)."""
         if self.checkpoint is not None and self.checkpoint.exists():
             self.resume()
         self.model.train()
@@ -228,7 +241,7 @@ class Trainer:
                  "rng": [g.bit_generator.state for g in self.generators]}
         arrays = {f"model.{name}": array for name, array in self.model.state_dict().items()}
         arrays |= {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
-        arrays["state"] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+        arrays["state"] = state_bytes(state)
         write_safetensors(self.checkpoint, arrays)
 
     def resume(self):

@@ -229,6 +229,15 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(ours[name], array)
 
 
+def test_a_generator_whose_state_holds_arrays_goes_into_a_checkpoint(tmp_path):
+    pytest.importorskip("safetensors")
+    first, again = ppo(), ppo()
+    first.rng, again.rng = (np.random.Generator(np.random.Philox(seed)) for seed in (1, 2))
+    first.run(1, checkpoint=tmp_path / "run")
+    again.resume(tmp_path / "run")
+    assert again.rng.random() == first.rng.random()
+
+
 def test_a_broken_or_foreign_checkpoint_is_one_clear_line_and_changes_nothing(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "run"

@@ -75,6 +75,10 @@ def test_zero_grad_and_bad_arguments():
     assert x.grad is None
     with pytest.raises(ValueError, match="no parameters"):
         train.AdamW([], 0.1)
+    with pytest.raises(TypeError, match=r"params must be Tensors, got tuple; give model.parameters\(\)"):
+        train.AdamW([("x", x)], 0.1)
+    with pytest.raises(ValueError, match="a parameter is given twice"):
+        train.AdamW([x, leaf(3, rng=np.random.default_rng(1)), x], 0.1)
     with pytest.raises(ValueError, match="betas"):
         train.AdamW([x], 0.1, betas=(1.0, 0.9))
     with pytest.raises(ValueError, match="other parameters"):
@@ -86,6 +90,7 @@ def test_schedules_by_their_definitions():
     np.testing.assert_allclose(ours, [0.2, 0.8, 1.0, 0.55, 0.1, 0.1])
     hf = [train.hf_warmup_cosine(i, lr=1.0, warmup=4, total=12) for i in (0, 2, 4, 8, 12)]
     np.testing.assert_allclose(hf, [0, 0.5, 1.0, 0.5, 0], atol=1e-12)
+    assert train.hf_warmup_cosine(20, lr=1.0, warmup=4, total=12) == 0      # does not rise again
 
 
 class Toy(nn.Module):
@@ -173,6 +178,31 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
             np.testing.assert_array_equal(array, b.state_dict()[name])
     assert again.model.rng.bit_generator.state == straight.model.rng.bit_generator.state
     assert json.dumps(again.batches.state()) == json.dumps(straight.batches.state())
+
+
+@pytest.mark.parametrize("generator", [np.random.Philox, np.random.MT19937, np.random.SFC64, np.random.PCG64DXSM])
+def test_any_generator_and_numbers_of_numpy_go_into_a_checkpoint(tmp_path, generator):
+    pytest.importorskip("safetensors")
+
+    def run(steps, **options):
+        loop = trainer(tmp_path, **options)
+        loop.steps, loop.batches.seed = steps, np.int64(2)
+        loop.model.rng = np.random.Generator(generator(5))
+        loop.generators = [loop.model.rng]
+        loop.run()
+        return loop.model
+
+    straight = run(12)
+    run(6, checkpoint=tmp_path / "run.safetensors")
+    again = run(12, checkpoint=tmp_path / "run.safetensors")
+    np.testing.assert_array_equal(again.weight.data, straight.weight.data)
+    assert again.rng.random() == straight.rng.random()
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 0}, {"every": 0}])
+def test_a_loop_of_no_batches_is_refused(options):
+    with pytest.raises(ValueError, match=r"Trainer: (accumulate|every) must be 1 or more, got 0"):
+        train.Trainer(Toy(), iter([]), None, 5, **options)
 
 
 def test_a_broken_or_foreign_checkpoint_is_one_clear_line(tmp_path):

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import numformer as nf
+from numformer.files import state_bytes
 from numformer.models.pretrained import read_safetensors, write_safetensors
 from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
 from numformer.rlhf.best_of_n import read_scores
@@ -321,7 +322,7 @@ class PPO:
         state = {"iteration": self.iteration, "drawn": self.drawn, "kl_coef": self.kl.value,
                  "rng": self.rng.bit_generator.state, "given": self._given(),
                  "pretrain": None if self.pretrain is None else self.pretrain.state()}
-        arrays = {"order": self.order, "state": np.frombuffer(json.dumps(state).encode(), np.uint8)}
+        arrays = {"order": self.order, "state": state_bytes(state)}
         for part, owner in self._parts():
             arrays |= {f"{part}.{name}": array for name, array in owner.items()}
         return arrays
