@@ -76,6 +76,8 @@ def _open(path):
         raise FileNotFoundError(f"{path}: no such file") from None
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a whole .npy file: {error}") from None
+    if not isinstance(shard, np.ndarray):       # an archive of several arrays
+        raise ValueError(f"{path}: a shard is one array in a .npy file, this is an archive (.npz)")
     if shard.ndim != 1 or shard.dtype not in (np.uint16, np.uint32):
         raise ValueError(f"{path}: a shard has one axis of uint16 or uint32, got {shard.dtype} {shard.shape}")
     return shard

@@ -70,6 +70,10 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path):
         (tmp_path / "broken.npy").write_bytes(broken)
         with pytest.raises(ValueError, match=r"broken\.npy is not a whole"):
             data.TokenShards(tmp_path / "broken.npy")
+    with open(tmp_path / "many.npy", "wb") as file:
+        np.savez(file, np.arange(3))
+    with pytest.raises(ValueError, match=r"many\.npy: a shard is one array .* archive"):
+        data.TokenShards(tmp_path / "many.npy")
 
 
 def test_what_is_not_token_ids_is_refused(tmp_path):

@@ -100,6 +100,14 @@ def test_the_logits_are_never_held():
     assert peak < 4096 * 20000 * 4 / 3
 
 
+def test_without_features_all_classes_are_alike():
+    hidden, weight = (nf.Tensor(np.zeros(shape), requires_grad=True) for shape in ((2, 3, 0), (5, 0)))
+    loss = nf.linear_cross_entropy(hidden, weight, np.zeros((2, 3), int))
+    loss.backward()
+    np.testing.assert_allclose(loss.item(), np.log(5), rtol=1e-12)
+    assert hidden.grad.shape == (2, 3, 0) and weight.grad.shape == (5, 0)
+
+
 def test_bad_arguments_are_named():
     h, w, t = normal(3, 4), normal(5, 4), np.array([0, 1, 2])
     with pytest.raises(ValueError, match=r"hidden must have shape \(\.\.\., K\) .*, got \(3, 4\) and \(4, 5\)"):

@@ -226,6 +226,8 @@ def test_training_with_dropout_is_reproducible():
     ({"n_layer": 0}, "n_layer must be 1 or more, got 0"), ({"n_head": 3}, "multiple of n_head, got 16 and 3"),
     ({"n_head": 16}, "even head size, got 1"), ({"position": "none"}, "position must be one of rotary, learned, alibi"),
     ({"window": 0}, "window must be 1 or more, or None, got 0"),
+    ({"layer_heads": [[2, 2], [0, 0]]}, r"pairs \(n_head, n_kv_head\) of 1 or more, got \[0, 0\]"),
+    ({"layer_heads": [[2, 2], [2]]}, r"pairs \(n_head, n_kv_head\) .* got \[2\]"),
     ({"layer_heads": [[2, 2]]}, "an entry for each of 2 layers, got 1"),
     ({"position": "alibi", "layer_heads": [[2, 2], [1, 1]]}, r"alibi_heads must .*: \[2, 1\], got None"),
     ({"alibi_heads": [[0], [1]]}, r"and only there: .*: None, got \[1, 1\]"),
@@ -249,3 +251,17 @@ def test_tokens_that_do_not_fit_are_refused():
         model(np.zeros((1, 17), int))
     with pytest.raises((ValueError, IndexError), match="30"):
         model(np.array([[30]]))
+    with pytest.raises(ValueError, match=r"targets must have the shape of tokens, \(2, 3\), got \(3, 2\)"):
+        model.loss(np.ones((2, 3), int), np.ones((3, 2), int))
+
+
+@pytest.mark.parametrize("options", [{}, {"n_expert": 4}, {"position": "learned", "dropout": 0.1}, {"recompute": True}])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (0, 0)])
+def test_no_tokens_have_no_logits_a_loss_of_0_and_gradients_of_0(shape, options):
+    model, nothing = gpt(**options), np.zeros(shape, int)
+    loss = model.loss(nothing, nothing)
+    loss.backward()
+    assert loss.item() == 0 and all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+    assert model(nothing).shape == model.eval()(nothing).shape == (*shape, model.config.vocab_size)
+    with nf.no_grad():
+        assert model(nothing).shape == (*shape, model.config.vocab_size)

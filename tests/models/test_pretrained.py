@@ -59,7 +59,7 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"n_layer": 3}, "missing blocks"), ({"n_embd": 32}, "must have shape"), ({"new": 1}, "does not describe a GPT"),
-    ({"model_type": "x"}, "'x'")])
+    ({"model_type": "x"}, "'x'"), ({"model_type": ["x"]}, "names no model_type")])
 def test_a_config_that_does_not_fit_is_an_error(tmp_path, change, message):
     small().save_pretrained(tmp_path)
     path = tmp_path / "config.json"

@@ -90,9 +90,17 @@ def test_nothing_to_do_gives_back_the_prompts():
 
 @pytest.mark.parametrize(("ids", "options", "message"), [
     ([1], {}, "give rng"), ([1], {"temperature": -1}, "temperature must be 0"), ([1], {"top_k": 0}, "top_k must be 1"),
+    ([1], {"temperature": np.nan}, "temperature must be 0 .* got nan"),
+    ([1], {"max_new_tokens": -1, "temperature": 0}, "max_new_tokens must be 0 or more, got -1"),
     ([1], {"top_p": 0}, r"top_p must be in \(0, 1\]"), ([1], {"min_p": 2}, r"min_p must be in \[0, 1\]"),
     ([[1], []], {"temperature": 0}, "at least one token"),
     ([1] * 22, {"temperature": 0}, "25 positions, block_size is 24"), ([40], {"temperature": 0}, "40")])
 def test_bad_requests_are_refused(ids, options, message):
     with pytest.raises((ValueError, IndexError), match=message):
-        gpt().generate(ids, 3, **options)
+        gpt().generate(ids, **{"max_new_tokens": 3, **options})
+
+
+@pytest.mark.parametrize("ids", [[1.5, 2.5], np.ones((2, 3)), [["1"]]])
+def test_ids_that_are_no_integers_are_refused(ids):
+    with pytest.raises(TypeError, match="integer"):
+        gpt().generate(ids, 3, temperature=0)

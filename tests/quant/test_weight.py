@@ -168,3 +168,8 @@ def test_a_lookup_gives_the_rows_of_the_dequantized_weight(spec):
         quant.embedding([1.0], q)
     with pytest.raises(TypeError, match="must be a QuantizedWeight, got ndarray"):
         quant.embedding([1], np.ones((2, 2)))
+
+
+def test_no_rows_have_no_bits():
+    none = quant.quantize(np.ones((4, 8), np.float32)).rows(np.zeros(0, int))
+    assert none.bits_per_weight == 0 and "0 bits per weight" in repr(none) and none.dequantize().shape == (0, 8)

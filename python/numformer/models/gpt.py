@@ -11,6 +11,7 @@ residual projections 0.02 / sqrt(2 n_layer), and no factor on the embedding.
 import dataclasses
 import functools
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +122,9 @@ class GPTConfig:
         if self.layer_heads and len(self.layer_heads) != self.n_layer:
             raise ValueError(f"GPTConfig: layer_heads must have an entry for each of {self.n_layer} layers, "
                              f"got {len(self.layer_heads)}")
+        for heads in self.layer_heads or ():
+            if len(heads) != 2 or min(heads) < 1:
+                raise ValueError(f"GPTConfig: layer_heads must be pairs (n_head, n_kv_head) of 1 or more, got {heads}")
         sizes = [heads for heads, _ in self.layer_heads] if self.layer_heads and self.position == "alibi" else None
         got = self.alibi_heads and [len(heads) for heads in self.alibi_heads]
         if got != sizes:
@@ -251,8 +255,11 @@ class GPT(Module, Pretrained):
         The logits are never held, unless the output matrix is quantized. The cross-entropy alone is left in
         ``cross_entropy`` (a float) and the balancing loss in ``balance``; :meth:`expert_load` tells the shares.
         """
+        targets = np.asarray(targets)
+        if targets.shape != np.shape(tokens):
+            raise ValueError(f"GPT: targets must have the shape of tokens, {np.shape(tokens)}, got {targets.shape}")
         hidden = self.hidden(tokens)
-        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), np.asarray(targets).reshape(-1)
+        hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
         weight = self.output_weight
         if type(weight) is QuantizedWeight:
             loss = nf.cross_entropy(project(hidden, weight), targets)
@@ -307,12 +314,16 @@ class GPT(Module, Pretrained):
         ValueError
             For a prompt that is empty or does not fit block_size with its new tokens, ids out of range, options out
             of range, no rng.
+        TypeError
+            For ids that are no integers.
         """
         check_options(temperature, top_k, top_p, min_p)
         if temperature > 0 and rng is None:
             raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
+        if max_new_tokens < 0:
+            raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
         single = len(ids) > 0 and np.ndim(ids[0]) == 0
-        rows = [[int(i) for i in row] for row in ([ids] if single else ids)]
+        rows = [[operator.index(i) for i in row] for row in ([ids] if single else ids)]
         if not rows:
             return []
         if min(map(len, rows)) == 0:

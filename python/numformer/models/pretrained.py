@@ -47,7 +47,7 @@ def _read_config(folder):
         raise FileNotFoundError(f"{folder} {what}") from None
     except ValueError as error:
         raise ValueError(f"{path} is broken: {error}") from None
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
     return config
 

@@ -8,7 +8,7 @@ __all__ = ["check_options", "sample"]
 
 def check_options(temperature, top_k, top_p, min_p):
     """ValueError for a value out of range."""
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"generate: temperature must be 0 (greedy) or more, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"generate: top_k must be 1 or more, got {top_k}")

@@ -296,10 +296,15 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     return apply(merge_attention_forward, merge_attention_backward, out_a, lse_a, out_b, lse_b)
 
 
+def _heads(packed, count):
+    """(B, S, count D) as (B, S, count, D); -1 in reshape is no number where an axis is 0."""
+    batch, length, width = packed.shape
+    return packed.reshape(batch, length, count, width // count)
+
+
 def _split(qkv, num_heads, num_kv_heads):
     """query, key and value as (B, heads, S, D) views of (B, S, (H + 2 Hkv) D)."""
-    batch, length, _ = qkv.shape
-    heads = qkv.reshape(batch, length, num_heads + 2 * num_kv_heads, -1).transpose(0, 2, 1, 3)
+    heads = _heads(qkv, num_heads + 2 * num_kv_heads).transpose(0, 2, 1, 3)
     return heads[:, :num_heads], heads[:, num_heads:num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads:]
 
 
@@ -314,12 +319,12 @@ def packed_attention_forward(qkv, num_heads, num_kv_heads, is_causal=False, scal
     """Return ``(out, saved)``; `saved` is what :func:`packed_attention_backward` needs."""
     if rotary is not None:
         qkv = _core.pooled(np.array, qkv, order="C")
-        heads = qkv.reshape(*qkv.shape[:2], num_heads + 2 * num_kv_heads, -1)
+        heads = _heads(qkv, num_heads + 2 * num_kv_heads)
         _turn(heads[:, :, :num_heads + num_kv_heads], rotary, False)
     query, key, value = _split(qkv, num_heads, num_kv_heads)
     features = _features(window_size, alibi_slopes=alibi_slopes)
     out, _, stats = _core.attention_forward(query, key, value, None, scale, int(is_causal), features, None, 2)
-    joined = out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], -1)
+    joined = out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], num_heads * out.shape[3])
     return joined, (query, key, value, int(is_causal), scale, features, out, stats, rotary)
 
 
@@ -330,7 +335,7 @@ def packed_attention_backward(dy, saved):
     dout = dy.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
     dqkv = _core.attention_backward(query, key, value, None, scale, causal, features, out, stats, dout, None, _PACKED)
     if rotary is not None:
-        _turn(dqkv.reshape(batch, length, -1, dim)[:, :, :heads + key.shape[1]], rotary, True)
+        _turn(_heads(dqkv, heads + 2 * key.shape[1])[:, :, :heads + key.shape[1]], rotary, True)
     return (dqkv,)
 
 

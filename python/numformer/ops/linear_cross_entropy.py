@@ -57,7 +57,7 @@ def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, lab
         raise ValueError(f'{_OP}: reduction must be "mean", "sum" or "none", got {reduction!r}')
     flat = targets.reshape(-1)
     kept = _kept(flat, ignore_index)
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), flat if kept is None else flat[kept]
+    rows, flat = hidden.reshape(len(flat), hidden.shape[-1]), flat if kept is None else flat[kept]
     rows = rows if kept is None else rows[kept]
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     share = 1.0 if reduction != "mean" else 1.0 / max(1, len(flat))

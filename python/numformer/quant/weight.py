@@ -158,7 +158,7 @@ class QuantizedWeight:
     @property
     def bits_per_weight(self):
         """All of them: 4.125 for 4 bits in groups of 128 with float16 scales."""
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+        return 8 * self.nbytes / max(self.shape[0] * self.shape[1], 1)
 
     def packed(self):
         """What the kernels read: opaque, made on first use."""
