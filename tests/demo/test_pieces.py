@@ -1,5 +1,6 @@
 import ast
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,19 @@ def test_no_more_is_read_than_asked_for(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("word " * 2000)
     assert sum(d.size for d in read_documents(tmp_path, 45_000)) == 40_000
+
+
+def test_a_name_that_is_no_utf8_is_a_name_and_what_the_run_itself_writes_is_no_text_of_it(tmp_path, monkeypatch):
+    text = "word " * 2000
+    out = tmp_path / "sub" / "out"
+    (out / "data").mkdir(parents=True)
+    for path in (os.fsencode(tmp_path) + b"/\xff.txt", tmp_path / "a.txt", out / "run.json", out / "data" / "b.txt"):
+        with open(path, "w") as file:
+            file.write(text)
+    monkeypatch.chdir(tmp_path / "sub")
+    for without in (out, Path("out")):
+        assert {d.path for d in read_documents(tmp_path, 1_000_000, without)} == {"a.txt", os.fsdecode(b"\xff.txt")}
+    assert len(read_documents(tmp_path, 1_000_000)) == 4
 
 
 def test_a_folder_without_text_is_refused(tmp_path):

@@ -31,11 +31,12 @@ class Document:
     number: int
 
 
-def read_documents(folder, most):
+def read_documents(folder, most, without=None):
     """The text files of `folder`, or, where it is None, the interpreter's standard library without its tests.
 
     Hidden files and folders, links, files that are not UTF-8 or hold a zero byte, and files above 4 MB are left out.
-    Where the rest is more than `most` bytes, files are taken in the order of a hash of their paths.
+    Where the rest is more than `most` bytes, files are taken in the order of a hash of their paths. Nor is the folder
+    `without` read, where a run writes.
 
     Returns
     -------
@@ -50,13 +51,16 @@ def read_documents(folder, most):
     root = Path(sysconfig.get_path("stdlib") if library else folder)
     if not root.is_dir():
         raise DemoError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}")
-    found = []
+    found, without = [], without and os.path.realpath(without)
     for here, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__pycache__"
-                            and not (library and f in _NOT_LIBRARY))
+                            and not (library and f in _NOT_LIBRARY)
+                            and os.path.realpath(os.path.join(here, f)) != without)
         found += [Path(here, name) for name in names
                   if not name.startswith(".") and (not library or name.endswith(".py"))]
-    keyed = sorted((hashlib.sha256(path.relative_to(root).as_posix().encode()).digest(), path) for path in found)
+    # a name may be no UTF-8
+    keyed = sorted((hashlib.sha256(path.relative_to(root).as_posix().encode(errors="surrogateescape")).digest(), path)
+                   for path in found)
     documents, size = [], 0
     for key, path in keyed:
         data = _read(path)

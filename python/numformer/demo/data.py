@@ -52,7 +52,7 @@ def work(run):
     from tqdm.auto import tqdm
     folder, plan = run.folder / "data", run.plan
     with tqdm(total=5, desc="1 data: files", unit="part", dynamic_ncols=True, leave=False) as bar:
-        documents = read_documents(run.data, plan.train_bytes)
+        documents = read_documents(run.data, plan.train_bytes, run.folder)
         train, held_out = split(documents)
         bar.update()
         bar.set_description_str("1 data: tokenizer")
