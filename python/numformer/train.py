@@ -255,7 +255,7 @@ class Trainer:
             for part, owner in (("model.", self.model), ("optimizer.", self.optimizer)):
                 owner.load_state_dict({n.removeprefix(part): a for n, a in arrays.items() if n.startswith(part)})
             self.done = state["done"]
-        except (KeyError, ValueError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this run: {error}") from None
 
 

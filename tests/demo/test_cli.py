@@ -40,16 +40,18 @@ def one_line(capsys):
     (["--out", "{tmp}/run", "--resume", "--seed", "5"], "holds a run with --seed 4, not 5"),
     (["--out", "{tmp}/empty", "--resume"], "holds no run to go on with"),
     (["--out", "{tmp}/broken", "--resume"], "run.json is broken"),
+    (["--out", "{tmp}/foreign", "--resume"], "run.json is broken"),
 ])
 def test_what_cannot_be_done_is_said_in_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys,
                                                                         monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "full", "run", "broken"):
+    for name in ("empty", "full", "run", "broken", "foreign"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("a file")
     (tmp_path / "full" / "letter.txt").write_text("dear")
     order = {"program": "numformer.demo", "minutes": 6, "seed": 4, "data": None}
     (tmp_path / "run" / "run.json").write_text(json.dumps(order))
+    (tmp_path / "foreign" / "run.json").write_text(json.dumps(order | {"minutes": "6"}))
     (tmp_path / "broken" / "run.json").write_text('{"program": "numf')
     before = sorted(tmp_path.rglob("*"))
     assert cli.main([a.format(tmp=tmp_path) for a in arguments]) == 2
@@ -89,7 +91,7 @@ def test_a_stop_says_how_to_go_on(tmp_path, source):
                                       f"'{tmp_path}/an out'")
 
 
-def test_a_broken_checkpoint_is_said_in_one_line(tmp_path, source, capsys):
+def test_a_broken_checkpoint_and_broken_data_are_said_in_one_line(tmp_path, source):
     folder = tmp_path / "out"
     process = corpus.demo("--minutes", 0, "--data", source, "--out", folder)
     for line in process.stdout:
@@ -97,14 +99,37 @@ def test_a_broken_checkpoint_is_said_in_one_line(tmp_path, source, capsys):
             break
     process.kill()
     process.communicate()
+
+    def said():
+        code, _, error = corpus.run("--resume", "--out", folder)
+        assert code == 1 and "Traceback" not in error
+        return error.splitlines()[-1]
+
     (folder / "state").mkdir(exist_ok=True)
     checkpoint = folder / "state" / "pretrain-experts.safetensors"
     checkpoint.write_bytes(b"half a file")
-    assert cli.main(["--resume", "--out", str(folder)]) == 1
-    line = one_line(capsys)
-    assert f"{checkpoint} is not a whole safetensors file" in line
+    line = said()
+    assert line.startswith(f"numformer.demo: {checkpoint} is not a whole safetensors file")
     assert "remove it and go on with --resume" in line
     assert checkpoint.read_bytes() == b"half a file"
+    checkpoint.unlink()
+    for name, content in (("examples.json", b"{}"), ("tokenizer.json", b"{"), ("train.npy", b"half a file")):
+        whole = (folder / "data" / name).read_bytes()
+        (folder / "data" / name).write_bytes(content)
+        assert said().startswith(f"numformer.demo: {folder}/data is broken (")
+        (folder / "data" / name).write_bytes(whole)
+    (folder / "timings.jsonl").unlink()
+    assert f"{folder}/timings.jsonl lacks the line of data, which is done" in said()
+
+
+@pytest.mark.parametrize("line", [b'{"a": 1}', b"[1]", b"\xff\xfe", b"\0\0\0", b'{"stage": "sft"}',
+                                  b'{"stage": ["sft"]}'])
+def test_a_line_of_metrics_that_is_none_is_said_in_one_line(tmp_path, capsys, line):
+    order = {"program": "numformer.demo", "minutes": 0, "seed": 4, "data": None}
+    (tmp_path / "run.json").write_text(json.dumps(order))
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"stage": "data", "done": true}\n' + line + b"\n")
+    assert cli.main(["--resume", "--out", str(tmp_path)]) == 1
+    assert "metrics.jsonl is broken: " in one_line(capsys)
 
 
 def test_help_explains_all(capsys):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from numformer import data, nn, train
+from numformer.models.pretrained import write_safetensors
 from numformer.ops import arithmetic as ar
 from numformer.tensor import Tensor
 
@@ -212,6 +213,9 @@ def test_a_broken_or_foreign_checkpoint_is_one_clear_line(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
+        trainer(tmp_path, checkpoint=path).run()
+    write_safetensors(path, {"state": np.frombuffer(b"[1]", np.uint8)})
+    with pytest.raises(ValueError, match="not a checkpoint of this run"):
         trainer(tmp_path, checkpoint=path).run()
     path.write_bytes(whole)
     other = trainer(tmp_path, checkpoint=path)

@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 
-from numformer.data import write_shard
+from numformer.data import TokenShards, write_shard
 from numformer.demo.corpus import END, bits_per_byte_of_compressors, described, read_documents, split, train_tokenizer
 from numformer.demo.errors import DemoError
 from numformer.demo.examples import FUNCTIONS, PARAGRAPHS, cut_functions, cut_paragraphs
@@ -31,17 +31,15 @@ class Corpus:
     def __init__(self, run):
         from tokenizers import Tokenizer
         folder = run.folder / "data"
+        self.train, self.held_out = folder / "train.npy", folder / "held_out.npy"
         try:
+            TokenShards([self.train, self.held_out])
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            examples = json.loads((folder / "examples.json").read_text())
-        except FileNotFoundError:
-            raise
+            self.examples = json.loads((folder / "examples.json").read_text())
+            self.kind = self.examples.pop("kind")
         except Exception as error:      # tokenizers raises Exception itself
             raise DemoError(f"{folder} is broken ({error}); give another --out", code=1) from None
         self.end = self.tokenizer.token_to_id(END)
-        self.train, self.held_out = folder / "train.npy", folder / "held_out.npy"
-        self.kind = examples.pop("kind")
-        self.examples = examples
 
     def decode(self, ids):
         """Text of token ids, without the end."""

@@ -102,8 +102,10 @@ class Run:
         path = Path(folder) / "run.json"
         try:
             order = json.loads(path.read_text())
-            if order["program"] != "numformer.demo" or not {"minutes", "seed", "data"} <= order.keys():
-                raise KeyError
+            if order["program"] != "numformer.demo" or not isinstance(order["data"], str | None):
+                raise ValueError
+            if type(order["minutes"]) is not int or type(order["seed"]) is not int:
+                raise ValueError
         except FileNotFoundError:
             raise DemoError(f"--out {folder} holds no run to go on with (there is no run.json)") from None
         except (ValueError, KeyError, TypeError):
@@ -123,6 +125,9 @@ class Run:
             part.unlink()
         self.log, self.results = _read_lines(self.folder / "metrics.jsonl")
         self.times, self.speeds = _read_lines(self.folder / "timings.jsonl")
+        for stage in self.results.keys() - self.speeds.keys():
+            raise DemoError(f"{self.folder}/timings.jsonl lacks the line of {stage}, which is done; give another "
+                            "folder", code=1)
 
     # Stages
 
@@ -198,19 +203,19 @@ def _read_lines(path):
     """({stage: lines with a step}, {stage: its last line}) of a file; a line that a kill cut off does not count."""
     log, results = {}, {}
     if path.exists():
-        for line in path.read_text().splitlines(keepends=True):
-            try:
-                line = json.loads(line) if line.endswith("\n") else None
-            except ValueError:
-                raise DemoError(f"{path} is broken: {line.strip()[:60]!r} is no line of it", code=1) from None
-            if line is None:
+        for text in path.read_text(errors="backslashreplace").splitlines(keepends=True):
+            if not text.endswith("\n"):
                 continue
-            stage = line.pop("stage")
-            log.setdefault(stage, [])
-            if line.pop("done", False):
-                results[stage] = line
-            else:
-                log[stage].append({"stage": stage, **line})
+            try:
+                line = json.loads(text)
+                stage = line.pop("stage")
+                log.setdefault(stage, [])
+                if line.pop("done", False):
+                    results[stage] = line
+                else:
+                    log[stage].append({"stage": stage, "step": line.pop("step"), **line})
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise DemoError(f"{path} is broken: {text.strip()[:60]!r} is no line of it", code=1) from None
     return log, results
 
 

@@ -235,7 +235,7 @@ def _power_backward(dy, saved):
 
 
 def clip(x, low=None, high=None):
-    """`x` held between two numbers or arrays (None: no bound), which are constants; the gradient is 0 where it was held."""
+    """`x` held between two constants, numbers or arrays (None: no bound); the gradient is 0 where it was held."""
     if any(type(v) is Tensor and v.requires_grad for v in (low, high)):
         raise TypeError("clip: the bounds must be numbers or arrays, not Tensors that require a gradient; "
                         "use minimum and maximum")
