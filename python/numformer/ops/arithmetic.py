@@ -49,8 +49,10 @@ def _operands(op, a, b):
 
 def _cast(op, x, dtype):
     """A real number, or an array of integers or booleans, in a float dtype."""
-    if not isinstance(x, numbers.Real) and (x := np.asarray(_plain(x))).dtype.kind not in "biuf":
-        raise TypeError(f"{op}: operands must be real numbers or arrays of them, got {x.dtype}")
+    if type(x) not in (float, int) and not isinstance(x, numbers.Real):     # which takes its time
+        x = np.asarray(_plain(x))
+        if x.dtype.kind not in "biuf":
+            raise TypeError(f"{op}: operands must be real numbers or arrays of them, got {x.dtype}")
     return np.asarray(x, dtype)
 
 
@@ -62,7 +64,7 @@ def _float_dtype(x):
     """The dtype that an operand insists on: None for numbers and for arrays of integers or booleans."""
     if type(x) is Tensor or type(x) is np.ndarray:
         return x.dtype if is_float(x.dtype) else None
-    if isinstance(x, numbers.Number) or isinstance(x, np.generic):
+    if type(x) in (float, int) or isinstance(x, numbers.Number) or isinstance(x, np.generic):
         return None
     x = np.asarray(x)
     return x.dtype if is_float(x.dtype) else None
