@@ -100,6 +100,24 @@ def test_bad_requests_are_refused(ids, options, message):
         gpt().generate(ids, **{"max_new_tokens": 3, **options})
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_nothing_is_drawn_from_nan(options):
+    logits = np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 2.0]])
+    with pytest.raises(ValueError, match="logits of row 1 are NaN"):
+        sample(logits, rng=np.random.default_rng(0), **options)
+    model = gpt()
+    model.norm.weight.data[0] = np.nan
+    with pytest.raises(ValueError, match="logits of row 0 are NaN"):
+        model.generate([1, 2], 3, rng=np.random.default_rng(0), **options)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("temperature", [1e-19, 1e-21, 1e-37, 1e-40, 1e-60, 1e-320])
+def test_the_lower_the_temperature_the_greedier(temperature, dtype):
+    logits = np.array([[1, -np.inf, 200], [-3, -2, -5]], dtype)
+    assert sample(logits, temperature=temperature, rng=np.random.default_rng(0)).tolist() == [2, 1]
+
+
 @pytest.mark.parametrize("ids", [[1.5, 2.5], np.ones((2, 3)), [["1"]]])
 def test_ids_that_are_no_integers_are_refused(ids):
     with pytest.raises(TypeError, match="integer"):
