@@ -274,8 +274,9 @@ def test_bad_experts_are_named():
         moe.mlp(x, r, gate_up, down, activation="relu")
     with pytest.raises(TypeError, match="same dtype"):
         moe.mlp(x, r, gate_up.astype(np.float32), down)
-    with pytest.raises(ValueError, match="x must have"):
-        moe.mlp(np.zeros((2, 6)), r, gate_up, down)
+    for bad in np.zeros((2, 6)), np.zeros((1, len(x), 6)), np.zeros(6):
+        with pytest.raises(ValueError, match=rf"mlp: x must have shape \({len(x)}, d\)"):
+            moe.mlp(bad, r, gate_up, down)
 
 
 def test_no_token_at_all():

@@ -294,6 +294,9 @@ def mlp_forward(x, weight, gate_up, down, *, routing, activation="swiglu"):
     x, gate_up, down = as_floats(x, "mlp", "x"), as_floats(gate_up, "mlp", "gate_up"), as_floats(down, "mlp", "down")
     same_dtype("mlp", x=x, weight=weight, gate_up=gate_up, down=down)
     experts = len(routing.counts)
+    if x.ndim != 2 or len(x) != len(routing.row):
+        raise ValueError(f"mlp: x must have shape ({len(routing.row)}, d), as the routing has so many tokens, "
+                         f"got {x.shape}")
     if gate_up.ndim != 3 or len(gate_up) != experts or gate_up.shape[1] % 2 or gate_up.shape[2:] != x.shape[1:]:
         raise ValueError(f"mlp: gate_up must have shape ({experts}, 2 * I, {x.shape[-1]}), got {gate_up.shape}")
     inner = gate_up.shape[1] // 2
