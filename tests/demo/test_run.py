@@ -3,6 +3,8 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -97,3 +99,32 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole, sou
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
     assert not list(folder.rglob("*.part")) and not (folder / "state").exists()
+
+
+_KILLED_BEHIND_ITS_CHECKPOINT = """
+import os, sys
+from numformer import train
+from numformer.demo import cli, pretrain
+from numformer.rlhf import ppo
+pretrain.train.__kwdefaults__["every"] = 5          # so that a toy run has a checkpoint on the way
+for module in train, ppo:
+    def write(path, arrays, write=module.write_safetensors):
+        write(path, arrays)
+        if path.name == sys.argv[1] + ".safetensors":
+            os.kill(os.getpid(), 9)
+    module.write_safetensors = write
+cli.main(sys.argv[2:])
+"""
+
+
+def test_a_run_that_is_killed_behind_a_checkpoint_goes_on_from_there(whole, source, tmp_path):
+    folder, arguments = tmp_path / "out", ["--minutes", "0", "--seed", "3", "--data", str(source)]
+    for stage in ("pretrain-experts", "pretrain-dense", "sft", "reward", "ppo"):
+        code = subprocess.run([sys.executable, "-c", _KILLED_BEHIND_ITS_CHECKPOINT, stage, "--out", str(folder),
+                               *arguments], timeout=120, capture_output=True).returncode
+        assert code == -signal.SIGKILL and (folder / "state" / f"{stage}.safetensors").exists()
+        arguments = ["--resume"]
+    code, _, error = corpus.run("--resume", "--out", folder)
+    assert code == 0, error
+    expected, found = results(whole[0]), results(folder)
+    assert [name for name in expected if found.get(name) != expected[name]] == []

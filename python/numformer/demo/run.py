@@ -131,16 +131,23 @@ class Run:
 
     # Stages
 
-    def begin_stage(self, stage, done=0):
-        """Lines of `stage` follow; those of it from step `done` on, from before a kill, are dropped."""
+    def begin_stage(self, stage, done=None):
+        """Lines of `stage` follow; those of it from step `done` on, from before a kill, are dropped.
+
+        Where `done` is None, all are, unless the stage has a checkpoint: it then says how far that is.
+        """
         self.stage = stage
-        self.log[stage] = [line for line in self.log.get(stage, []) if line["step"] < done]
-        self.times[stage] = [line for line in self.times.get(stage, []) if line["step"] < done]
-        steps = [line["step"] for line in self.log[stage]]
-        if steps != list(range(done)):
-            raise DemoError(f"{self.folder}/metrics.jsonl lacks steps of {stage} before its checkpoint; remove "
-                            f"{self.checkpoint(stage)} and go on with --resume", code=1)
-        self._rewrite()
+        for lines in self.log, self.times:
+            lines.setdefault(stage, [])
+        if done is None and not self.checkpoint(stage).exists():
+            done = 0
+        if done is not None:
+            for lines in self.log, self.times:
+                lines[stage] = [line for line in lines[stage] if line["step"] < done]
+            if [line["step"] for line in self.log[stage]] != list(range(done)):
+                raise DemoError(f"{self.folder}/metrics.jsonl lacks steps of {stage} before its checkpoint; remove "
+                                f"{self.checkpoint(stage)} and go on with --resume", code=1)
+            self._rewrite()
         self._before = sum(line["seconds"] for line in self.times[stage])
         self._began = time.perf_counter()
 
