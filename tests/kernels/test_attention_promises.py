@@ -1,5 +1,6 @@
 """What every feature of attention promises: bits that depend on the input alone, masked slots that may hold anything,
 no overflow, an error like the naive formula's, memory O(S D)."""
+import os
 import subprocess
 import sys
 
@@ -250,3 +251,20 @@ def test_memory_is_proportional_to_the_length(isa):
         pytest.skip("the memory does not depend on the instruction set")
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=60)
     assert int(done.stdout) < 300       # MB; the matrix of scores would take 4096
+
+
+BEYOND = """
+import numpy as np, numformer as nf
+q = np.ones((1, 64, 300, 64), np.float32)
+keywords = dict(is_causal=True, causal_align="top_left", window_size=(10, 0))
+cache = np.ones((2, 4, 1, 64), np.float32)
+table = np.array([[1, 0, 2**40, -2**40] + [2**40] * 100])
+out = nf.paged_attention(q, cache, cache, table, [5], **keywords)
+print((out[:, :, :15] == 1).all() and (out[:, :, 15:] == 0).all())
+"""
+
+
+def test_queries_whose_window_lies_behind_the_last_key_read_nothing(isa):
+    done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"NUMFORMER_ISA": isa})
+    assert done.stdout.strip() == "True", (done.returncode, done.stderr)
