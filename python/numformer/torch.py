@@ -7,8 +7,10 @@ Nothing else in numformer imports torch, and the compiled kernels know nothing o
 same place in memory, and goes in as one.
 """
 import contextlib
+import functools
 import inspect
 import math
+import sys
 
 import numpy as np
 import torch
@@ -218,13 +220,16 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     if kwargs.get("output_attentions"):
         raise ValueError('attn_implementation="numformer" holds no attention weights, so output_attentions=True needs '
                          '"eager"')
+    # A layer that does not say so is causal where there is no mask; one that it has made itself is all there is.
+    own = is_causal is None and not hasattr(module, "is_causal") and attention_mask is not None and (
+        attention_mask.dtype != torch.bool)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     # One query is the last; and where the first of several meet more keys, the rest of a static cache is empty.
     rules = getattr(attention_mask, "numformer_rules", None)
     if rules is not None:
         rules = _placed(*rules, query.shape[2], key.shape[2], len(query))
-    elif attention_mask is not None and is_causal and attention_mask.ndim == 4 and (
+    elif attention_mask is not None and is_causal and not own and attention_mask.ndim == 4 and (
             attention_mask.shape[2] < query.shape[2]):
         raise ValueError(f"{_OP}: a mask of shape {tuple(attention_mask.shape)} for {query.shape[2]} queries of a "
                          "causal model does not say what each of them sees: hand on the mask that the model was given "
@@ -269,9 +274,18 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     -------
     torch.Tensor, (B, 1, 1, kv_length), boolean, with the rule as an attribute; or None where nothing but causality
     from the first key on holds. O(kv_length), never O(q_length kv_length).
+
+    Raises
+    ------
+    ValueError
+        If the model computes its attention itself, whatever is asked for, and would misread this mask.
     """
     from transformers import masking_utils
 
+    model = _computes_itself(type(kwargs.get("config")))
+    if model is not None:
+        raise ValueError(f'{model} computes its attention itself, so attn_implementation="numformer" cannot do it: use '
+                         '"eager"')
     tracing = torch.compiler.is_compiling()         # a tensor's attributes would be lost
     rule = None if tracing else _rule(mask_function, masking_utils)
     if rule is None or kwargs.get("use_vmap"):
@@ -290,6 +304,17 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     mask = padding[:, None, None, :]
     mask.numformer_rules = causal, window, offset if causal or window != (-1, -1) else kv_length - q_length
     return mask
+
+
+@functools.cache
+def _computes_itself(config):
+    """The name of the model of this class of configs, where it never asks for an implementation of attention."""
+    from transformers import MODEL_MAPPING
+
+    models = MODEL_MAPPING.get(config, ())
+    models = models if isinstance(models, tuple) else (models,)
+    asks = [m._supports_sdpa or hasattr(sys.modules[m.__module__], "ALL_ATTENTION_FUNCTIONS") for m in models]
+    return None if not models or any(asks) else models[0].__name__
 
 
 def _rule(function, masking_utils):

@@ -222,3 +222,27 @@ def test_attention_weights_are_refused():
     model, = models("llama", "numformer")
     with pytest.raises(ValueError, match="eager"):
         model(batch()[0], output_attentions=True)
+
+
+@pytest.mark.parametrize("config", ["BloomConfig", "MptConfig"])
+def test_a_model_that_computes_its_attention_itself_is_refused(config):
+    small = {"BloomConfig": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
+             "MptConfig": {"d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 64}}[config]
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, config)(vocab_size=61, **small), attn_implementation="numformer")
+    tokens, padding = batch()
+    for mask in (padding, torch.ones_like(padding), None):
+        with pytest.raises(ValueError, match="computes its attention itself"):
+            model(tokens, attention_mask=mask)
+
+
+def test_an_encoder_that_makes_its_own_row_of_a_mask():
+    tokens, padding = batch()
+    config = transformers.LayoutLMConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                         intermediate_size=48)
+    results = []
+    for implementation in ("numformer", "eager"):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(config, attn_implementation=implementation).eval()
+        results.append(model(tokens, attention_mask=padding).last_hidden_state[padding.bool()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
