@@ -206,6 +206,22 @@ def test_maps_know_every_keyword():
                 np.testing.assert_allclose(one[:, 0, 0], w[:, 2, -1], atol=1e-15)
 
 
+def test_maps_of_what_is_masked_and_of_unsigned_lengths():
+    rng = np.random.default_rng(3)
+    q, k = rng.standard_normal((1, 2, 3, 5)), rng.standard_normal((1, 2, 9, 5))
+    mask = np.where(np.arange(9) < 6, 0.5, -np.inf)
+    want = attention_maps(q, k, mask)
+    for anything in (np.nan, np.inf, 1e308):
+        k[:, :, 6:] = anything
+        assert (attention_maps(q, k, mask) == want).all()
+    for dtype in (np.uint8, np.uint64, np.int8):        # fewer keys than queries: the first stand before key 0
+        got = attention_maps(q, k, is_causal=True, kv_lengths=np.array([2], dtype))
+        assert (got == attention_maps(q, k, is_causal=True, kv_lengths=[2])).all() and (got[:, :, 0] == 0).all()
+    for wrong in ([10], [-1], [1, 2], [1.0]):
+        with pytest.raises(ValueError, match="kv_lengths must be 1 integers between 0 and Sk = 9"):
+            attention_maps(q, k, kv_lengths=wrong)
+
+
 def test_a_map_of_one_row_holds_no_square():
     q, k = np.random.default_rng(0).standard_normal((2, 1, 2, 20000, 8), np.float32)
     tracemalloc.start()

@@ -67,7 +67,7 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
         score *= dtype(dim ** -0.5 if scale is None else scale)
         if softcap:
             score = dtype(softcap) * np.tanh(score / dtype(softcap))
-    ends = np.full(batch, keys) if kv_lengths is None else np.asarray(kv_lengths)
+    ends = _ends(kv_lengths, batch, keys)
     shift = ends - queries if causal_align == "bottom_right" else np.zeros(batch, int)
     position = (rows + shift[:, None])[:, None, :, None]            # (B, 1, rows, 1)
     j = np.arange(keys)
@@ -78,12 +78,23 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
         score -= slope * (position - j).astype(dtype)
     if attn_mask is not None:
         mask = np.broadcast_to(attn_mask, (batch, all_heads, queries, keys))[:, heads][:, :, rows]
-        if mask.dtype == bool:
-            seen = seen & mask
-        else:
-            score = score + mask
+        seen = seen & (mask if mask.dtype == bool else mask != -np.inf)
+        if mask.dtype != bool:
+            with np.errstate(invalid="ignore", over="ignore"):
+                score = score + mask
     sink = None if sinks is None else sinks[heads][:, None, None].astype(dtype)
     return _softmax(np.where(seen, score, dtype(-np.inf)), sink)
+
+
+def _ends(kv_lengths, batch, keys):
+    """Where the keys of each sequence end."""
+    if kv_lengths is None:
+        return np.full(batch, keys)
+    ends = np.asarray(kv_lengths)
+    if ends.shape != (batch,) or ends.dtype.kind not in "iu" or (ends < 0).any() or (ends > keys).any():
+        raise ValueError(f"attention_maps: kv_lengths must be {batch} integers between 0 and Sk = {keys}, got "
+                         f"{kv_lengths!r}")
+    return ends.astype(np.int64)
 
 
 def _seen(position, j, ends, left, right):
