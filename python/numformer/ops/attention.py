@@ -255,7 +255,8 @@ def merge_attention_forward(out_a, lse_a, out_b, lse_b):
         lse = base + np.log(total)
     share_a, share_b = (np.divide(x, total, out=np.zeros_like(total), where=total > 0)[..., None] for x in (a, b))
     # A part that has no weight may hold anything.
-    out = np.where(share_b == 0, out_a, np.where(share_a == 0, out_b, out_a + (out_b - out_a) * share_b))
+    with np.errstate(invalid="ignore", over="ignore"):
+        out = np.where(share_b == 0, out_a, np.where(share_a == 0, out_b, out_a + (out_b - out_a) * share_b))
     return (out.astype(dtype, copy=False), lse), (out_a, out_b, share_a, share_b, dtype)
 
 
@@ -264,7 +265,8 @@ def merge_attention_backward(dy, saved):
     (dout, dlse), (out_a, out_b, share_a, share_b, dtype) = dy, saved
     dout = np.zeros_like(out_a) if dout is None else dout.astype(out_a.dtype, copy=False)
     both = (share_a > 0) & (share_b > 0)
-    turn = np.where(both, dout * (out_b - out_a), out_a.dtype.type(0)).sum(axis=-1) * (share_a * share_b)[..., 0]
+    with np.errstate(invalid="ignore", over="ignore"):
+        turn = np.where(both, dout * (out_b - out_a), out_a.dtype.type(0)).sum(axis=-1) * (share_a * share_b)[..., 0]
     dlse_a, dlse_b = (0, 0) if dlse is None else (share_a[..., 0] * dlse, share_b[..., 0] * dlse)
     return (np.where(share_b == 0, dout, dout * share_a).astype(dtype, copy=False), dlse_a - turn,
             np.where(share_b == 0, out_a.dtype.type(0), dout * share_b).astype(dtype, copy=False), dlse_b + turn)
