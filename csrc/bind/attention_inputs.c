@@ -219,6 +219,9 @@ take_features(nf_attention_call *c, PyObject *object)
         || take_number(f[DROPOUT], 0, 1, "dropout_p", &dropout) < 0) {
         return -1;
     }
+    if (p->softcap > (c->numbers == NPY_DOUBLE ? 0x1p900 : 0x1p90)) {
+        p->softcap = 0; /* changes no score, but scores times its inverse would be 0 */
+    }
     if (dropout > 0) {
         p->dropout_key = PyLong_AsUnsignedLongLong(f[DROPOUT_KEY]);
         if (PyErr_Occurred()) {

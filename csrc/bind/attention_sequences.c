@@ -16,8 +16,9 @@ take_integers(PyObject *object, int ndim, const char *op, const char *name)
                      ndim, ndim == 1 ? "" : "s", PyArray_DESCR(given), PyArray_NDIM(given));
     }
     else if (given != NULL) {
+        /* A uint64 beyond int64 becomes negative, which no caller takes. */
         array = (PyArrayObject *)PyArray_FROMANY((PyObject *)given, NPY_INT64, 0, 0,
-                                                 NPY_ARRAY_IN_ARRAY);
+                                                 NPY_ARRAY_IN_ARRAY | NPY_ARRAY_FORCECAST);
     }
     Py_XDECREF(given);
     return array;

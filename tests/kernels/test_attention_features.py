@@ -183,6 +183,21 @@ def test_windows_across_tiles(sq, sk, left, right):
             np.testing.assert_allclose(got, want[name], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_softcap_out_of_reach_changes_nothing(dtype):
+    q, k, v = arrays(2, 2, 20, 20, 8, dtype=dtype)
+    for softcap in (1e20, np.finfo(dtype).max / 1e10, np.finfo(dtype).max, 1e300):
+        np.testing.assert_allclose(sdpa(q, k, v, softcap=softcap), sdpa(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_lengths_of_any_integer_type():
+    q, k, v = arrays(2, 2, 3, 9, 8, batch=2)
+    for dtype in (np.uint8, np.uint64):
+        assert (sdpa(q, k, v, kv_lengths=np.array([2, 9], dtype)) == sdpa(q, k, v, kv_lengths=[2, 9])).all()
+    with pytest.raises(ValueError, match="kv_lengths must lie between"):
+        sdpa(q, k, v, kv_lengths=np.array([2, 2**64 - 1], np.uint64))
+
+
 def test_alibi_slopes_are_the_papers():
     assert (nf.alibi_slopes(8) == 2.0 ** -np.arange(1.0, 9)).all()
     np.testing.assert_allclose(nf.alibi_slopes(12), [*(2.0 ** -np.arange(1.0, 9)), *(2.0 ** -np.arange(0.5, 4))],
@@ -228,6 +243,12 @@ def test_merged_parts_are_the_whole():
     for merged in (nf.merge_attention(*parts[0], *nothing), nf.merge_attention(*nothing, *parts[0])):
         assert (merged[0] == parts[0][0]).all() and (merged[1] == parts[0][1]).all()
     assert (nf.merge_attention(*nothing, np.zeros_like(whole), nothing[1])[1] == -np.inf).all()
+    nothing[0][...] = np.inf
+    with np.errstate(all="raise"):
+        leaves = [nf.Tensor(x, requires_grad=True) for x in (*parts[0], *nothing)]
+        out, lse = nf.merge_attention(*leaves)
+        (out.sum() + lse.sum()).backward()
+    assert (out.data == parts[0][0]).all() and (leaves[2].grad == 0).all() and (leaves[0].grad == 1).all()
     with pytest.raises(ValueError, match="merge_attention"):
         nf.merge_attention(out, lse[..., :-1], out, lse)
 
