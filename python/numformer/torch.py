@@ -104,7 +104,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     """Compute :func:`torch.nn.functional.scaled_dot_product_attention` by numformer's kernels, with gradients.
 
     Tensors are read and results handed back without a copy, whatever the strides, as long as the last axis is
-    contiguous.
+    contiguous. Within torch.autocast query, key and value become its dtype, as there.
 
     Parameters
     ----------
@@ -147,6 +147,9 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     for x, name in zip(inputs, _NAMES):
         if x is not None:
             _check(x, name, (torch.bool, *_FLOATS) if name == "attn_mask" else _FLOATS)
+    if torch.is_autocast_enabled("cpu"):
+        inputs[:4] = _cast(inputs[:4], torch.get_autocast_dtype("cpu"))
+        query, key, value, attn_mask = inputs[:4]
     lead, shape = query.shape[:-3], query.shape[:-1]
     if query.ndim < 2 or not query.ndim == key.ndim == value.ndim or not lead == key.shape[:-3] == value.shape[:-3]:
         raise ValueError(f"{_OP}: query, key and value must have as many axes, at least 2, and the same leading ones, "
@@ -173,6 +176,13 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     if len(shape) != 3:
         out, lse = out.reshape(*shape, out.shape[3]), None if lse is None else lse.reshape(shape)
     return (out, lse) if return_lse else out
+
+
+def _cast(inputs, dtype):
+    """query, key, value and attn_mask as torch's autocast has them; a mask of float32, whose least is no number of a
+    short type, stays what it is."""
+    *heads, mask = (x if x is None or x.dtype in (torch.bool, torch.float64) else x.to(dtype) for x in inputs)
+    return [*heads, inputs[3] if inputs[3] is not None and inputs[3].dtype == torch.float32 else mask]
 
 
 def _four_axes(inputs, lead):

@@ -211,3 +211,18 @@ def test_bad_input_is_refused_and_named(change, error, match):
 def test_a_cuda_tensor_is_refused():
     with pytest.raises(TypeError, match="on cuda"):
         nft.scaled_dot_product_attention(*(x.detach().cuda() for x in tensors(SQUARE)))
+
+
+def test_autocast_makes_of_the_arrays_what_it_does_for_torch():
+    pytest.importorskip("ml_dtypes")
+    q, k, v = (torch.randn(2, 4, 9, 8) for _ in range(3))
+    mask = torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), torch.finfo(torch.float32).min)
+    mask[3] = torch.finfo(torch.float32).min        # of which autocast would make -inf
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for some in ((q, k, v), (q, k.bfloat16(), v), (q.double(), k.double(), v.double())):
+            ours, theirs = (f(*some, mask.to(some[0].dtype)) for f in (
+                nft.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention))
+            assert ours.dtype == theirs.dtype
+            keep = [0, 1, 2, 4, 5, 6, 7, 8]
+            torch.testing.assert_close(ours[:, :, keep], theirs[:, :, keep], rtol=0.05, atol=0.02)
+            assert (ours[:, :, 3] != 0).all()

@@ -218,6 +218,21 @@ def test_bfloat16_runs_and_trains():
     assert all(p.grad.isfinite().all() and p.grad.dtype == torch.bfloat16 for p in model.parameters())
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_model_runs_and_trains_under_autocast(name):
+    pytest.importorskip("ml_dtypes")
+    tokens, padding = batch()
+    results = []
+    for model in models(name, "numformer", reference(name)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = model(tokens, attention_mask=padding)
+            result.logits[padding.bool()].square().sum().backward()
+        results.append([result.logits[padding.bool()], *(p.grad for p in model.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * theirs.abs().max().item())
+
+
 def test_attention_weights_are_refused():
     model, = models("llama", "numformer")
     with pytest.raises(ValueError, match="eager"):
