@@ -165,3 +165,13 @@ def test_a_given_output_is_written_to_and_returned():
             nf.attention_varlen(q, k, v, cu_q, cu_k, out=wrong)
     with pytest.raises(ValueError, match="share memory"):
         nf.attention_varlen(q, k[:, :, :16], tokens(44, 2, 16), cu_q, cu_k, out=q)
+
+
+def test_one_long_sequence_among_many_takes_no_memory_for_the_others():
+    lengths_q, lengths_k = np.ones(2000, int), np.full(2000, 3)
+    lengths_q[7], lengths_k[7] = 60, 20000
+    cu_q, cu_k = starts(lengths_q), starts(lengths_k)
+    q, k, v = tokens(cu_q[-1], 4, 32), tokens(cu_k[-1], 4, 32), tokens(cu_k[-1], 4, 32, seed=1)
+    before = nf.memory_stats()["in_use_peak"]
+    nf.attention_varlen(q, k, v, cu_q, cu_k, is_causal=True)
+    assert nf.memory_stats()["in_use_peak"] < before + 10e6      # 20 groups of keys for each would take 1.3e9
