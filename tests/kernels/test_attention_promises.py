@@ -253,6 +253,18 @@ def test_memory_is_proportional_to_the_length(isa):
     assert int(done.stdout) < 300       # MB; the matrix of scores would take 4096
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_key_that_the_mask_hides_from_every_query_does_not_reach_the_slopes(value):
+    q, k, v = arrays(1, 1, 5, 9, 16)
+    mask = np.ones((5, 9), bool)
+    mask[:, 4] = False
+    gradients = []
+    for anything in (0, value):
+        k[:, :, 4] = v[:, :, 4] = anything
+        gradients.append(run(q, k, v, upstream(q, v), None, mask, slopes=np.float32([0.1]))[2]["slopes"])
+    assert (gradients[0] == gradients[1]).all()
+
+
 BEYOND = """
 import numpy as np, numformer as nf
 q = np.ones((1, 64, 300, 64), np.float32)
