@@ -234,14 +234,15 @@ ask_for_panels(const nf_quant_weights *w, size_t panel, size_t i, size_t tiles,
     }
 }
 
-/* Run `run` by panels that lie at u. */
+/* Run `run`, of whole tiles, by panels that lie at u. */
 static void
 multiply_run(const product *p, size_t run, size_t panel, size_t panels, const uint8_t *u)
 {
     const nf_quant_kernels *const kernels = nf_kernels.quant;
-    size_t rows;
-    const size_t row = cut(p->rows, p->runs, run, &rows);
-    const size_t tiles = nf_parts(rows, kernels->rows);
+    size_t tiles;
+    const size_t row =
+        cut(nf_parts(p->rows, kernels->rows), p->runs, run, &tiles) * kernels->rows;
+    const size_t rows = nf_least(tiles * kernels->rows, p->rows - row);
     const size_t step = kernels->panels[nf_parts(rows, tiles) - 1];
     for (size_t j = 0; j < panels; j += step) {
         for (size_t i = 0; i < tiles; i++) {
