@@ -144,6 +144,7 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
 {
     nf_attention p = *shape;
     ptrdiff_t *blocks;
+    p.abreast = nf_get_num_threads();
     nf_status status = lay_out(kernels, &p, kernels->block_queries, &blocks);
     if (status != NF_OK) {
         return status;
@@ -153,7 +154,6 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
         nf_pool_free(blocks);
         return NF_NO_MEMORY;
     }
-    p.abreast = nf_get_num_threads();
     kernels->backward_begin(&p);
     status = run(kernels->backward, &p, kernels->backward_tasks(&p), 2.5 * cycles(&p),
                  kernels->backward_scratch(&p));
