@@ -20,7 +20,10 @@ typedef struct {
     size_t end;
 } share;
 
-enum { MOST_SHARES = 64 };
+enum {
+    MOST_SHARES = 64,
+    SMALL_SCRATCH = 1 << 14, /* that of one thread lies on its stack */
+};
 
 static int requested; /* 0: as OpenMP says */
 static int forked;
@@ -106,8 +109,10 @@ run(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work, i
         threads = 1;
     }
     const size_t stride = (scratch_bytes + 63) / 64 * 64;
-    char *scratch = NULL;
-    if (stride > 0 && threads > 0) {
+    _Alignas(64) char room_of_one[SMALL_SCRATCH];
+    const int is_small = threads <= 1 && stride <= SMALL_SCRATCH;
+    char *scratch = is_small ? room_of_one : NULL;
+    if (stride > 0 && threads > 0 && !is_small) {
         scratch = nf_pool_allocate(stride * (size_t)threads);
         if (scratch == NULL) {
             return NF_NO_MEMORY;
@@ -142,7 +147,7 @@ run(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work, i
             }
         }
     }
-    nf_pool_free(scratch);
+    nf_pool_free(is_small ? NULL : scratch);
     return NF_OK;
 }
 

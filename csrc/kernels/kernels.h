@@ -181,6 +181,16 @@ typedef enum {
     NF_MASK_KEYS   /* (B, H, Sk): over queries */
 } nf_mask_gradient;
 
+/* How decode is cut: a task is `heads` KV heads of a sequence, a part, or one of `splits` of their
+   groups of keys. */
+typedef struct {
+    ptrdiff_t heads, parts, splits; /* parts: of a sequence */
+    ptrdiff_t rows, groups;         /* of a part, at most */
+    ptrdiff_t ldo;                  /* rows of the output are whole vectors */
+    ptrdiff_t tasks;
+    size_t scratch, workspace; /* workspace 0: none is needed */
+} nf_decode_plan;
+
 /* One attention: `batch` sequences, each of them queries against keys of its own. They lie in
    the batch axis of the arrays; or packed, one behind the other along the row axis, the batch
    strides 0; or keys and values lie in blocks anywhere, the batch axis counts blocks. Query i
@@ -221,6 +231,7 @@ typedef struct {
     void *lse;       /* the natural logarithm of the sum; or NULL */
     void *stats;     /* (rows, 2): for the backward pass; or NULL */
     void *workspace; /* 64-byte aligned; of the backward pass and of decode */
+    const nf_decode_plan *plan;
     /* of the backward pass alone */
     nf_heads dout, dq, dk, dv;
     const void *dlse; /* or NULL */
@@ -242,12 +253,12 @@ typedef struct {
     ptrdiff_t (*forward_queries)(const nf_attention *p);
     nf_attention_size *forward_scratch;
     nf_attention_task *forward;
-    /* the same for sequences of at most decode_most queries, decode_begin before the tasks.
+    /* the same for sequences of at most decode_most queries by p->plan, which decode_plan makes;
+       decode_begin comes before the tasks where there is a workspace.
        Where sequences are packed, the tasks of each pass leave out what is the other's. */
     ptrdiff_t (*decode_most)(const nf_attention *p);
-    nf_attention_size *decode_workspace, *decode_scratch;
+    nf_decode_plan (*decode_plan)(const nf_attention *p);
     void (*decode_begin)(const nf_attention *p);
-    ptrdiff_t (*decode_tasks)(const nf_attention *p);
     nf_attention_task *decode;
     /* backward_begin comes before the tasks, which must start in ascending order: a later one
        waits for an earlier one. */

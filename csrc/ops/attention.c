@@ -105,17 +105,20 @@ count_q_blocks(const nf_attention *p, ptrdiff_t queries)
 static nf_status
 decode(const nf_attention_kernels *kernels, nf_attention *p)
 {
-    const ptrdiff_t tasks = kernels->decode_tasks(p);
-    if (tasks == 0) {
+    if (p->kv_heads == 0) {
         return NF_OK;
     }
-    p->workspace = nf_pool_allocate(kernels->decode_workspace(p));
-    if (p->workspace == NULL) {
-        return NF_NO_MEMORY;
+    const nf_decode_plan plan = kernels->decode_plan(p);
+    p->plan = &plan;
+    if (plan.workspace > 0) {
+        p->workspace = nf_pool_allocate(plan.workspace);
+        if (p->workspace == NULL) {
+            return NF_NO_MEMORY;
+        }
+        kernels->decode_begin(p);
     }
-    kernels->decode_begin(p);
     const nf_status status =
-        run(kernels->decode, p, tasks, decode_cycles(p), kernels->decode_scratch(p));
+        run(kernels->decode, p, plan.tasks, decode_cycles(p), plan.scratch);
     nf_pool_free(p->workspace);
     return status;
 }
