@@ -276,6 +276,7 @@ print((out[:, :, :15] == 1).all() and (out[:, :, 15:] == 0).all())
 """
 
 
+@pytest.mark.native
 def test_queries_whose_window_lies_behind_the_last_key_read_nothing(isa):
     done = subprocess.run([sys.executable, "-c", BEYOND], capture_output=True, text=True, timeout=60,
                           env=os.environ | {"NUMFORMER_ISA": isa})
