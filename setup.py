@@ -104,7 +104,8 @@ class Build(build_ext):
             return target
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2) as pool:
-            objects = list(pool.map(compile_one, compilations()))
+            # Attention's kernels take longest, so they begin.
+            objects = list(pool.map(compile_one, sorted(compilations(), key=lambda job: "attention" not in job[1])))
         output = self.get_ext_fullpath(extension.name)
         os.makedirs(os.path.dirname(output) or ".", exist_ok=True)
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else ["-shared"]
