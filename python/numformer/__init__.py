@@ -1,4 +1,6 @@
 """Transformer kernels for NumPy: attention, mixture of experts, quantization, with gradients."""
+__version__ = "0.1.0"
+
 from numformer import _threads as _threads  # first: before libgomp is loaded
 from numformer import moe as moe
 from numformer._core import empty_cache as empty_cache

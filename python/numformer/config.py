@@ -4,6 +4,7 @@ import platform
 
 import numpy as np
 
+import numformer
 from numformer import _core
 
 __all__ = ["show_config"]
@@ -32,7 +33,7 @@ def show_config(mode="print"):
     why = "" if isa == best else f" (the processor has {best}: NUMFORMER_ISA={os.environ.get('NUMFORMER_ISA', '')})"
     stats = _core.memory_stats()
     lines = {
-        "numformer": f"{_version()}, NumPy {np.__version__}, Python {platform.python_version()}",
+        "numformer": f"{numformer.__version__}, NumPy {np.__version__}, Python {platform.python_version()}",
         "kernels": isa + why,
         "threads": _threads(),
         "matrix products": "numformer's own; NumPy's BLAS is not used",
@@ -45,14 +46,6 @@ def show_config(mode="print"):
     for name, text in lines.items():
         print(f"{name + ':':<17}{text}")
     return None
-
-
-def _version():
-    from importlib import metadata  # 20 ms that an import of numformer should not cost
-    try:
-        return metadata.version("numformer")
-    except metadata.PackageNotFoundError:
-        return "not installed (run from its source)"
 
 
 def _threads():
