@@ -105,6 +105,20 @@ def test_entropy_matches_the_float64_formula(n, temperature):
         check_gradients(lambda x: nf.softmax_entropy(x, temperature=temperature), x, atol=1e-7)
 
 
+def test_gradients_of_entropy_are_right_down_to_the_denormals():
+    x = np.linspace(-120, 0, 1000, dtype=np.float32)[None]
+    x[0, 5] = -np.inf
+    logp = oracle.log_softmax(x.astype(float))
+    p = np.exp(logp)
+    entropy = -(p * np.maximum(logp, -1000)).sum()
+    for scale in (1e-3, 1.0, 65536.0):
+        tensor = nf.Tensor(x, requires_grad=True)
+        nf.softmax_entropy(tensor).backward(np.float32(scale))
+        want = -scale * p * (np.maximum(logp, -1000) + entropy)
+        np.testing.assert_allclose(tensor.grad, want, rtol=1e-4, atol=3e-45)
+        assert tensor.grad[0, 5] == 0
+
+
 def test_entropy_of_masked_classes_is_that_of_the_others():
     x = normal(3, 9)
     x[:, 4] = x[1] = -np.inf
