@@ -54,7 +54,8 @@ take_out(nf_attention_call *c, PyObject *object)
 }
 
 /* attention_forward(query, key, value, mask, scale, causal, features, out, want)
-   -> out, where want is 0; (out, lse) where it is 1; (out, lse, stats) where it is 2. */
+   -> out, where want is 0; (out, lse) where it is 1; (out, lse, stats, exact) where it is 2: exact
+   is out, or where that is of a short type, what was rounded to it. */
 static PyObject *
 attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -73,6 +74,12 @@ attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if ((want >= 1 && (c.lse = nf_new(3, rows, c.numbers)) == NULL)
         || (want >= 2 && (c.stats = nf_new(4, rows, c.numbers)) == NULL)) {
         goto fail;
+    }
+    if (want >= 2 && c.type != c.numbers) {
+        if ((c.exact = new_heads(PyArray_DIMS(c.out), c.numbers, c.q)) == NULL) {
+            goto fail;
+        }
+        p->exact = nf_heads_in(p, c.exact);
     }
     p->out = nf_heads_in(p, c.out);
     p->lse = c.lse ? PyArray_DATA(c.lse) : NULL;
@@ -94,7 +101,7 @@ attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
         result = PyTuple_Pack(2, c.out, c.lse);
     }
     else {
-        result = PyTuple_Pack(3, c.out, c.lse, c.stats);
+        result = PyTuple_Pack(4, c.out, c.lse, c.stats, c.exact ? c.exact : c.out);
     }
 fail:
     nf_attention_release(&c);
@@ -208,7 +215,7 @@ or_none(PyArrayObject *array)
     return array ? (PyObject *)array : Py_None;
 }
 
-/* attention_backward(query, key, value, mask, scale, causal, features, out, stats, dout, dlse,
+/* attention_backward(query, key, value, mask, scale, causal, features, exact, stats, dout, dlse,
    wants) -> (dq, dk, dv, dmask, dslopes, dsinks); one array that holds the first three where
    PACKED is wanted. */
 static PyObject *
@@ -225,7 +232,7 @@ attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     const npy_intp rows[4] = {PyArray_DIM(c.q, 0), p->heads, PyArray_DIM(c.q, 2), 2};
     const npy_intp out_shape[4] = {PyArray_DIM(c.q, 0), p->heads, PyArray_DIM(c.q, 2),
                                    p->value_dim};
-    if ((c.out = nf_attention_take(args[7], c.type, "out")) == NULL
+    if ((c.out = nf_attention_take(args[7], c.numbers, "out")) == NULL
         || nf_check_shape(c.out, 4, out_shape, OP, "out") < 0
         || (c.stats = nf_attention_take(args[8], c.numbers, "stats")) == NULL
         || nf_check_shape(c.stats, 4, rows, OP, "stats") < 0

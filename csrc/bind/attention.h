@@ -9,7 +9,7 @@
 /* What a call owns. */
 typedef struct {
     PyArrayObject *q, *k, *v; /* rows contiguous */
-    PyArrayObject *out, *lse, *stats;
+    PyArrayObject *out, *exact, *lse, *stats;
     PyArrayObject *dout, *dlse, *dq, *dk, *dv;
     PyArrayObject *slopes, *sinks, *kv_lengths, *q_starts, *k_starts, *block_table;
     PyArrayObject *k_scales, *v_scales;

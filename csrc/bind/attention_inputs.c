@@ -11,6 +11,7 @@ nf_attention_release(nf_attention_call *c)
     Py_XDECREF(c->k);
     Py_XDECREF(c->v);
     Py_XDECREF(c->out);
+    Py_XDECREF(c->exact);
     Py_XDECREF(c->lse);
     Py_XDECREF(c->stats);
     Py_XDECREF(c->dout);

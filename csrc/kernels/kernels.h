@@ -212,6 +212,7 @@ typedef struct {
     ptrdiff_t left, right;
     double scale, softcap; /* softcap 0: none */
     nf_heads q, k, v, out;
+    nf_heads exact; /* what was rounded to `out` of a short type, or no data */
     nf_mask_kind mask_kind;
     nf_storage mask_storage;
     const void *mask; /* (B, H, Sq, Sk) by these strides, in elements */

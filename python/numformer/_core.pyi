@@ -68,7 +68,7 @@ def attention_forward(
 ) -> Any: ...
 def attention_backward(
     query: np.ndarray, key: np.ndarray, value: np.ndarray, mask: np.ndarray | None, scale: float | None, causal: int,
-    features: tuple[Any, ...] | None, out: np.ndarray, stats: np.ndarray, dout: np.ndarray | None,
+    features: tuple[Any, ...] | None, exact: np.ndarray, stats: np.ndarray, dout: np.ndarray | None,
     dlse: np.ndarray | None, wants: int, /,
 ) -> Any: ...
 # rows of the last axis; numformer.ops.{norm,softmax,cross_entropy,embedding,rotary} give names and documentation

@@ -78,9 +78,10 @@ class _Attention(torch.autograd.Function):
         arrays = [_array(x, name) for x, name in zip(inputs, _NAMES)]
         (out, lse), saved = attention_forward(*arrays, return_lse=True, gradients=wanted, **keywords)
         # of what backward needs, numbers and tuples stay here
-        ctx.rest, stats = saved[4:9], saved[10]
+        ctx.rest, exact, stats = saved[4:9], *saved[9:]
+        whole = exact is out
         out, lse = _tensor(out), _tensor(lse)
-        ctx.save_for_backward(*inputs, out, _tensor(stats))
+        ctx.save_for_backward(*inputs, out if whole else _tensor(exact), _tensor(stats))
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -89,8 +90,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
             return (None,) * 7
-        query, key, value, attn_mask, _, _, out, stats = (_array(x, "a saved tensor") for x in ctx.saved_tensors)
-        saved = (query, key, value, attn_mask, *ctx.rest, out, stats)
+        query, key, value, attn_mask, _, _, exact, stats = (_array(x, "a saved tensor") for x in ctx.saved_tensors)
+        saved = (query, key, value, attn_mask, *ctx.rest, exact, stats)
         gradients = attention_backward((_array(dout, "the gradient"), _array(dlse, "the gradient")), saved)
         return *[_tensor(g) if need else None for g, need in zip(gradients, ctx.needs_input_grad)], None
 

@@ -43,6 +43,19 @@ def test_output_and_gradients_are_those_of_torch(shapes, causal, dtype):
     compare(shapes, dtype=dtype, is_causal=causal, enable_gqa=shapes is GROUPED)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_short_types_are_those_of_float32_rounded_once(dtype):
+    if dtype == torch.bfloat16:
+        pytest.importorskip("ml_dtypes")
+    short = [(x + 3).to(dtype).detach() for x in tensors(SQUARE)]
+    results = []
+    for leaves in (short, [x.float() for x in short]):
+        out = nft.scaled_dot_product_attention(*(x.requires_grad_() for x in leaves))
+        results.append(torch.autograd.grad(out, leaves, torch.ones_like(out)))
+    for ours, wide in zip(*results, strict=True):
+        assert torch.equal(ours, wide.to(dtype))
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 5, 9), (4, 5, 9), (5, 9), (2, 1, 1, 9), (1, 4, 5, 1), (1, 1)])
 def test_masks_of_every_shape_and_the_gradient_of_an_added_one(shape):
     generator = torch.Generator().manual_seed(2)

@@ -66,8 +66,8 @@ def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, alib
         _OP, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
     causal = _causal(is_causal, causal_align)
     features = _features(alibi_slopes=alibi_slopes, sinks=sinks, **features)
-    out, lse, stats = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
-    saved = query, key, value, attn_mask, causal, scale, features, gradients, return_lse, out, stats
+    out, lse, stats, exact = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
+    saved = query, key, value, attn_mask, causal, scale, features, gradients, return_lse, exact, stats
     return ((out, lse) if return_lse else out), saved
 
 
@@ -86,12 +86,12 @@ def scaled_dot_product_attention_backward(dy, saved):
 
     A gradient has its heads inside its rows in memory, as (B, S, H, D), where the array it belongs to has.
     """
-    query, key, value, attn_mask, causal, scale, features, gradients, return_lse, out, stats = saved
+    query, key, value, attn_mask, causal, scale, features, gradients, return_lse, exact, stats = saved
     dout, dlse = dy if return_lse else (dy, None)
     wants = (_WANT_MASK * ("mask" in gradients) + _WANT_SLOPES * ("slopes" in gradients)
              + _WANT_SINKS * ("sinks" in gradients))
     dq, dk, dv, dmask, dslopes, dsinks = _core.attention_backward(
-        query, key, value, attn_mask, scale, causal, features, out, stats, dout, dlse, wants)
+        query, key, value, attn_mask, scale, causal, features, exact, stats, dout, dlse, wants)
     if dslopes is not None:
         slopes = features[3]
         dslopes = dslopes.sum(axis=2 if slopes.ndim == 2 else (0, 2), dtype=np.float64).astype(slopes.dtype)
@@ -113,7 +113,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     ----------
     query : array_like or Tensor, (B, H, Sq, D), float32, float64, float16 or bfloat16 (of ml_dtypes)
         float16 and bfloat16 are storage: all is computed in float32, and results and gradients are rounded to the
-        dtype once, to nearest.
+        dtype once, to nearest. For the gradients the result is kept as it was before, in float32.
     key : (B, Hkv, Sk, D), of the same dtype
         `H` must be a multiple of `Hkv`; query head `h` reads head ``h // (H // Hkv)`` (Ainslie et al. 2023,
         arXiv:2305.13245).
@@ -325,17 +325,17 @@ def packed_attention_forward(qkv, num_heads, num_kv_heads, is_causal=False, scal
         _turn(heads[:, :, :num_heads + num_kv_heads], rotary, False)
     query, key, value = _split(qkv, num_heads, num_kv_heads)
     features = _features(window_size, alibi_slopes=alibi_slopes)
-    out, _, stats = _core.attention_forward(query, key, value, None, scale, int(is_causal), features, None, 2)
+    out, _, stats, exact = _core.attention_forward(query, key, value, None, scale, int(is_causal), features, None, 2)
     joined = out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], num_heads * out.shape[3])
-    return joined, (query, key, value, int(is_causal), scale, features, out, stats, rotary)
+    return joined, (query, key, value, int(is_causal), scale, features, exact, stats, rotary)
 
 
 def packed_attention_backward(dy, saved):
     """Return the gradient with respect to `qkv`, in a tuple."""
-    query, key, value, causal, scale, features, out, stats, rotary = saved
-    batch, heads, length, dim = out.shape
+    query, key, value, causal, scale, features, exact, stats, rotary = saved
+    batch, heads, length, dim = exact.shape
     dout = dy.reshape(batch, length, heads, dim).transpose(0, 2, 1, 3)
-    dqkv = _core.attention_backward(query, key, value, None, scale, causal, features, out, stats, dout, None, _PACKED)
+    dqkv = _core.attention_backward(query, key, value, None, scale, causal, features, exact, stats, dout, None, _PACKED)
     if rotary is not None:
         _turn(_heads(dqkv, heads + 2 * key.shape[1])[:, :, :heads + key.shape[1]], rotary, True)
     return (dqkv,)
