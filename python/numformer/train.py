@@ -21,7 +21,8 @@ class AdamW:
         m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2
         p = p - lr (weight_decay p + m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps))
 
-    Arrays of fewer than two axes (norms, biases) do not decay. A parameter without a gradient is left alone.
+    Arrays of fewer than two axes (norms, biases) do not decay. A parameter without a gradient is left alone, and such
+    a step does not count in its t.
 
     Parameters
     ----------
@@ -45,6 +46,7 @@ class AdamW:
             raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.steps = 0
+        self.counts = np.zeros(len(self.params), np.int64)      # steps of each parameter
         self.m = [np.zeros_like(p.data) for p in self.params]
         self.v = [np.zeros_like(p.data) for p in self.params]
 
@@ -68,10 +70,13 @@ class AdamW:
             norm = global_norm(grads)
             scale = _clip_factor(norm, max_norm)
         self.steps += 1
-        params = [self.params[i].data for i in chosen]
-        adamw_step(params, grads, [self.m[i] for i in chosen], [self.v[i] for i in chosen], lr=self.lr,
-                   betas=self.betas, eps=self.eps, step=self.steps, grad_scale=scale,
-                   weight_decay=[self.weight_decay if p.ndim > 1 else 0.0 for p in params])
+        self.counts[chosen] += 1
+        for count in np.unique(self.counts[chosen]):        # of most models one
+            some = [i for i in chosen if self.counts[i] == count]
+            params = [self.params[i].data for i in some]
+            adamw_step(params, [self.params[i].grad for i in some], [self.m[i] for i in some],
+                       [self.v[i] for i in some], lr=self.lr, betas=self.betas, eps=self.eps, step=int(count),
+                       grad_scale=scale, weight_decay=[self.weight_decay if p.ndim > 1 else 0.0 for p in params])
         return norm
 
     def zero_grad(self):
@@ -80,8 +85,8 @@ class AdamW:
             p.grad = None
 
     def state_dict(self):
-        """The moments and the count of steps, as arrays by name (no copies)."""
-        state = {"steps": np.array([self.steps])}
+        """The moments and the counts of steps, as arrays by name (no copies of the moments)."""
+        state = {"steps": np.array([self.steps]), "counts": self.counts}
         for i, (m, v) in enumerate(zip(self.m, self.v)):
             state[f"m.{i}"], state[f"v.{i}"] = m, v
         return state
@@ -89,11 +94,19 @@ class AdamW:
     def load_state_dict(self, state):
         """Take over what :meth:`state_dict` gave. ValueError where it does not fit."""
         own = self.state_dict()
+        state = whole_state(state)
         if own.keys() != state.keys() or any(own[name].shape != state[name].shape for name in own):
             raise ValueError("AdamW: the state belongs to other parameters")
         for name, array in own.items():
             array[...] = state[name]
         self.steps = int(state["steps"][0])
+
+
+def whole_state(state):
+    """The state of an AdamW with the counts that one of an older version lacks: all steps, for every parameter."""
+    if "counts" in state or "steps" not in state:
+        return state
+    return {**state, "counts": np.repeat(state["steps"], sum(name.startswith("m.") for name in state))}
 
 
 def _clip_factor(norm, max_norm):

@@ -238,6 +238,16 @@ def test_a_generator_whose_state_holds_arrays_goes_into_a_checkpoint(tmp_path):
     assert again.rng.random() == first.rng.random()
 
 
+def test_a_checkpoint_of_before_each_parameter_had_a_count_of_steps_is_taken():
+    first, again = ppo(), ppo()
+    first.run(1)
+    arrays = {name: np.array(x) for name, x in first.state_dict().items() if not name.endswith("optimizer.counts")}
+    again.load_state_dict(arrays)
+    expected = first.state_dict()
+    for name, x in again.state_dict().items():
+        np.testing.assert_array_equal(x, expected[name])
+
+
 def test_a_broken_or_foreign_checkpoint_is_one_clear_line_and_changes_nothing(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "run"

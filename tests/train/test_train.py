@@ -41,6 +41,38 @@ def test_adamw_is_torchs_with_decay_on_two_axes_and_more():
         np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=2e-5, atol=1e-6)
 
 
+def test_steps_without_a_gradient_do_not_count_for_a_parameter_as_in_torch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    params = [leaf(7, 5, rng=rng), leaf(4, 4, rng=rng), leaf(3, 2, rng=rng)]
+    twins = [torch.nn.Parameter(torch.tensor(p.data.copy())) for p in params]
+    ours = train.AdamW(params, 0.01)
+    theirs = torch.optim.AdamW(twins, lr=0.01, betas=(0.9, 0.98), weight_decay=0.1)
+    for step in range(8):
+        for i, (p, q) in enumerate(zip(params, twins)):
+            some = i == 0 or (step > 2 and (i == 1 or step % 2))
+            p.grad = rng.standard_normal(p.shape).astype(np.float32) if some else None
+            q.grad = None if p.grad is None else torch.tensor(p.grad)
+        if step == 5:
+            ours, before = train.AdamW(params, 0.01), ours
+            ours.load_state_dict({name: x.copy() for name, x in before.state_dict().items()})
+        ours.step()
+        theirs.step()
+    assert ours.steps == 8 and ours.counts.tolist() == [8, 5, 3]
+    for p, q in zip(params, twins):
+        np.testing.assert_allclose(p.data, q.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_a_state_of_before_each_parameter_had_a_count_is_taken():
+    params = [leaf(3, rng=np.random.default_rng(0)), leaf(4, rng=np.random.default_rng(1))]
+    optimizer = train.AdamW(params, 0.1)
+    optimizer.step()
+    state = {name: x.copy() for name, x in optimizer.state_dict().items() if name != "counts"}
+    again = train.AdamW(params, 0.1)
+    again.load_state_dict(state)
+    assert again.steps == 1 and again.counts.tolist() == [1, 1]
+
+
 def test_a_clipped_step_is_clipping_and_then_a_step():
     def run(clip_first, max_norm):
         rng = np.random.default_rng(0)

@@ -26,7 +26,7 @@ from numformer.rlhf.best_of_n import read_scores
 from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
 from numformer.rlhf.masked import explained_variance, masked_mean, masked_whiten
 from numformer.rlhf.sequences import Sequences, completion_log_probs, completion_values
-from numformer.train import AdamW
+from numformer.train import AdamW, whole_state
 
 __all__ = ["PPO", "Rollout"]
 
@@ -335,6 +335,8 @@ class PPO:
                 raise ValueError("it was made with another reference or other prompts")
             parts = {part: {n.removeprefix(f"{part}."): x for n, x in arrays.items() if n.startswith(f"{part}.")}
                      for part, _ in self._parts()}
+            for part in ("policy_optimizer", "value_optimizer"):
+                parts[part] = whole_state(parts[part])
             for part, own in self._parts():
                 if own.keys() != parts[part].keys() or any(own[n].shape != parts[part][n].shape for n in own):
                     raise ValueError(f"its {part} has other parameters")
