@@ -320,12 +320,14 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
 @functools.cache
 def _computes_itself(config):
     """The name of the model of this class of configs, where it never asks for an implementation of attention."""
-    from transformers import MODEL_MAPPING
+    from transformers import PreTrainedModel
 
-    models = MODEL_MAPPING.get(config, ())
-    models = models if isinstance(models, tuple) else (models,)
+    def below(model):
+        return [m for x in model.__subclasses__() for m in (x, *below(x))]
+
+    models = [m for m in below(PreTrainedModel) if m.config_class is config]
     asks = [m._supports_sdpa or hasattr(sys.modules[m.__module__], "ALL_ATTENTION_FUNCTIONS") for m in models]
-    return None if not models or any(asks) else models[0].__name__
+    return None if not models or any(asks) else models[-1].__name__
 
 
 def _rule(function, masking_utils):

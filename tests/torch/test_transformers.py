@@ -1,4 +1,6 @@
 """Unchanged models of transformers, small and random, by attn_implementation="numformer"."""
+import importlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -249,6 +251,21 @@ def test_a_model_that_computes_its_attention_itself_is_refused(config):
     for mask in (padding, torch.ones_like(padding), None):
         with pytest.raises(ValueError, match="computes its attention itself"):
             model(tokens, attention_mask=mask)
+
+
+@pytest.mark.parametrize(("module", "name", "config", "sizes"), [
+    ("blip.modeling_blip_text", "BlipTextModel", "BlipTextConfig",
+     {"encoder_hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
+    ("flava.modeling_flava", "FlavaTextModel", "FlavaTextConfig",
+     {"intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
+    ("trocr.modeling_trocr", "TrOCRForCausalLM", "TrOCRConfig",
+     {"decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 32})])
+def test_so_is_one_that_is_a_part_of_another(module, name, config, sizes):
+    model = getattr(importlib.import_module(f"transformers.models.{module}"), name)._from_config(
+        getattr(transformers, config)(vocab_size=61, hidden_size=32, **sizes), attn_implementation="numformer")
+    tokens, padding = batch()
+    with pytest.raises(ValueError, match="computes its attention itself"):
+        model(tokens, attention_mask=padding)
 
 
 def test_an_encoder_that_makes_its_own_row_of_a_mask():
