@@ -39,6 +39,48 @@ def test_saving_over_a_model_leaves_other_files(tmp_path):
     assert (tmp_path / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("killed_at", ["model.safetensors", "config.json"])
+def test_a_save_that_was_cut_short_leaves_the_old_model_or_the_new(tmp_path, monkeypatch, killed_at):
+    from numformer.models import pretrained
+    old, new = small(0, rope_theta=100.0), small(1, n_kv_head=2)        # of the same shapes
+    old.save_pretrained(tmp_path)
+    whole = pretrained.replace_file
+
+    def killed(path, content):
+        if path.name == killed_at:
+            raise KeyboardInterrupt
+        whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrained, "replace_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(tmp_path)
+    want, ids = (old if killed_at == "model.safetensors" else new), np.arange(16)[None]
+    again = nf.models.load(tmp_path)
+    assert again.config == want.config
+    np.testing.assert_array_equal(again(ids).data, want.eval()(ids).data)
+    new.save_pretrained(tmp_path)
+    assert nf.models.load(tmp_path).config == new.config
+
+
+def test_a_model_is_saved_as_the_same_bytes_by_every_process(tmp_path):
+    small().save_pretrained(tmp_path)
+    header = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    assert len(json.loads(header[8:8 + length])["__metadata__"]) == 1      # the order of more is that of a hash
+
+
+def test_a_config_may_be_edited_and_be_of_before_it_had_a_seal(tmp_path):
+    small().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"dropout": 0.5}))
+    assert nf.models.load(tmp_path).config.dropout == 0.5
+    del config["saved_as"]
+    path.write_text(json.dumps(config | {"rope_theta": 5.0}))
+    assert nf.models.load(tmp_path).config.rope_theta == 5.0
+
+
 def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         nf.models.load(tmp_path / "none")

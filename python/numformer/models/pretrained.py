@@ -1,5 +1,6 @@
 """Models as folders in the layout of Hugging Face: config.json and model.safetensors."""
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -32,13 +33,32 @@ def read_safetensors(path):
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def write_safetensors(path, arrays):
-    """Write the arrays by name, aside first."""
+def write_safetensors(path, arrays, config=None):
+    """Write the arrays by name, aside first; the text of a config with them."""
+    metadata = {"format": "np"} if config is None else {"config": config}      # two would come in any order
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
-    replace_file(path, _safetensors().numpy.save(arrays, metadata={"format": "np"}))
+    replace_file(path, _safetensors().numpy.save(arrays, metadata=metadata))
+
+
+def _seal(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _config_in(path):
+    """The text of the config that a file of weights was saved with, or None."""
+    library = _safetensors()
+    try:
+        with library.safe_open(path, "np") as file:
+            return (file.metadata() or {}).get("config")
+    except (library.SafetensorError, OSError):       # reading it all will tell
+        return None
 
 
 def _read_config(folder):
+    """What config.json says; or the config in the weights, where a save was cut short between the two files.
+
+    config.json may have been edited since it was saved: that its "saved_as" is that of the weights is enough.
+    """
     path = Path(folder) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -49,7 +69,8 @@ def _read_config(folder):
         raise ValueError(f"{path} is broken: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ValueError(f"{path} names no model_type")
-    return config
+    seal, text = config.pop("saved_as", None), _config_in(Path(folder) / "model.safetensors")
+    return json.loads(text) if seal and text and seal != _seal(text) else config
 
 
 def load(folder):
@@ -104,12 +125,13 @@ class Pretrained:
         _models[cls.model_type] = cls
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors; each is there whole or not at all.
+        """Write model.safetensors and config.json: whoever loads the folder gets what was there, or all that is saved.
 
-        Quantized weights are saved as their integers, scales and zeros, and "quantization_config" names them.
+        Each file is there whole or not at all, and the weights bring a copy of the config: once they are there the
+        model is saved, though a kill may leave another config.json. Quantized weights are saved as their integers,
+        scales and zeros, and "quantization_config" names them.
         """
         folder = Path(folder)
-        write_safetensors(folder / "model.safetensors", self.state_dict())
         config = {"model_type": self.model_type, **self.config_dict()}
         groups = {}
         for name, weight in self.named_quantized():
@@ -117,7 +139,9 @@ class Pretrained:
         if groups:
             config["quantization_config"] = {"quant_method": "numformer", "groups": [
                 {"spec": dataclasses.asdict(spec), "weights": names} for spec, names in groups.items()]}
-        replace_file(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        text = json.dumps(config)
+        write_safetensors(folder / "model.safetensors", self.state_dict(), config=text)
+        replace_file(folder / "config.json", json.dumps({**config, "saved_as": _seal(text)}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder):
