@@ -88,7 +88,7 @@ cross_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     }
     const int type = PyArray_TYPE(r.logits.array);
     loss = nf_new(PyArray_NDIM(r.targets), PyArray_DIMS(r.targets), type);
-    lse = nf_new(1, &r.logits.rows, type);
+    lse = nf_new(2, (npy_intp[]){r.logits.rows, 2}, type);
     if (loss == NULL || lse == NULL) {
         goto fail;
     }
@@ -145,7 +145,8 @@ cross_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t count
         goto fail;
     }
     const int type = PyArray_TYPE(r.logits.array);
-    PyArrayObject *lse = nf_saved(args[3], type, 1, &r.logits.rows, op, "lse");
+    PyArrayObject *lse =
+        nf_saved(args[3], type, 2, (npy_intp[]){r.logits.rows, 2}, op, "lse");
     if (lse == NULL) {
         goto fail;
     }
@@ -195,7 +196,7 @@ softmax_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     PyArrayObject *logits = r.logits.array;
     const int type = PyArray_TYPE(logits);
     entropy = nf_new(PyArray_NDIM(logits) - 1, PyArray_DIMS(logits), type);
-    lse = nf_new(1, &r.logits.rows, type);
+    lse = nf_new(2, (npy_intp[]){r.logits.rows, 2}, type);
     if (entropy == NULL || lse == NULL) {
         goto fail;
     }
@@ -228,7 +229,8 @@ softmax_entropy_backward(PyObject *module, PyObject *const *args, Py_ssize_t cou
         goto fail;
     }
     const int type = PyArray_TYPE(r.logits.array);
-    PyArrayObject *lse = nf_saved(args[3], type, 1, &r.logits.rows, op, "lse");
+    PyArrayObject *lse =
+        nf_saved(args[3], type, 2, (npy_intp[]){r.logits.rows, 2}, op, "lse");
     const double scale = number(args[4]);
     if (PyErr_Occurred()) {
         goto fail;

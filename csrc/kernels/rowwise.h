@@ -64,10 +64,10 @@ typedef struct {
     const void *logits;     /* T (rows, n) */
     const int64_t *targets; /* (rows), each within 0 .. n-1 or ignore_index */
     void *loss;             /* T (rows); NULL in the backward */
-    void *lse;              /* T (rows): log sum exp(scale logits) */
-    const void *dy;         /* T (rows); backward alone, as are the next two */
-    void *dlogits;          /* T (rows, n) */
-    double dy_scale;        /* dy counts times this */
+    void *lse;       /* T (rows, 2): m = max logits, log sum exp(scale (logits - m)) */
+    const void *dy;  /* T (rows); backward alone, as are the next two */
+    void *dlogits;   /* T (rows, n) */
+    double dy_scale; /* dy counts times this */
     ptrdiff_t logits_step, dy_step;
     int64_t ignore_index;
     double scale, smoothing, z_loss, sign;
@@ -78,7 +78,7 @@ typedef struct {
 typedef struct {
     const void *logits; /* T (rows, n) */
     void *entropy;      /* T (rows) */
-    void *lse;          /* T (rows) */
+    void *lse;          /* T (rows, 2): as above */
     const void *dy;     /* T (rows); backward alone, as is dlogits */
     void *dlogits;      /* T (rows, n) */
     ptrdiff_t logits_step, dy_step;

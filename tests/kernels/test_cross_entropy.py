@@ -119,6 +119,23 @@ def test_gradients_of_entropy_are_right_down_to_the_denormals():
         assert tensor.grad[0, 5] == 0
 
 
+@pytest.mark.parametrize("offset", [0, 100, 1000, 1e5])
+def test_what_all_logits_of_a_row_have_in_common_costs_no_digits(offset):
+    x, t = (normal(20, 517) * 3 + offset).astype(np.float32), classes(20, 517)
+    logp = oracle.log_softmax(x.astype(float))
+    p, there = np.exp(logp), np.eye(517)[t]
+    entropy = -(p * logp).sum(-1)
+    wants = [(lambda x: nf.cross_entropy(x, t, reduction="none"), -(logp * there).sum(-1), p - there),
+             (lambda x: nf.token_log_probs(x, t), (logp * there).sum(-1), there - p),
+             (nf.softmax_entropy, entropy, -p * (logp + entropy[:, None]))]
+    for op, want, gradient in wants:
+        tensor = nf.Tensor(x, requires_grad=True)
+        value = op(tensor)
+        value.sum().backward()
+        np.testing.assert_allclose(value.data, want, rtol=4e-7)
+        assert np.linalg.norm(tensor.grad - gradient) < 3e-7 * np.linalg.norm(gradient)
+
+
 def test_entropy_of_masked_classes_is_that_of_the_others():
     x = normal(3, 9)
     x[:, 4] = x[1] = -np.inf
