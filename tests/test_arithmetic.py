@@ -37,6 +37,13 @@ def check(f, *shapes, positive=False, step=1e-6):
 BROADCASTS = [((3, 4), (3, 4)), ((3, 4), (4,)), ((3, 1), (1, 4)), ((2, 3, 4), (3, 1)), ((), (3,)), ((1,), (2, 3))]
 
 
+def test_the_gradient_of_what_was_broadcast_over_many_rows_keeps_its_digits():
+    x = Tensor(np.random.default_rng(0).standard_normal((100000, 6)).astype(np.float32) + 1)
+    scale = Tensor(np.ones(6, np.float32), requires_grad=True)
+    (x * scale).sum().backward()
+    np.testing.assert_allclose(scale.grad, x.data.astype(float).sum(0), rtol=4e-7)      # by NumPy's own sum 5e-6
+
+
 @pytest.mark.parametrize("shapes", BROADCASTS)
 @pytest.mark.parametrize("op", [ar.add, ar.subtract, ar.multiply, ar.maximum, ar.minimum], ids=lambda f: f.__name__)
 def test_two_operands_broadcast(op, shapes):

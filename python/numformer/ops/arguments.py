@@ -1,7 +1,7 @@
 """What every op does with what it is given."""
 import numpy as np
 
-_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 def as_array(x, op, name):
@@ -24,7 +24,7 @@ def as_arrays(op, **inputs):
 def as_floats(x, op, name):
     """`x` as a float32 or float64 ndarray. TypeError for any other dtype: nothing is cast behind one's back."""
     x = as_array(x, op, name)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}; "
                         f"convert it with .astype(numpy.float32)")
     return x

@@ -6,11 +6,14 @@ booleans, so float32 stays float32; float arrays of two dtypes are an error. Wha
 `maximum`, `clip`, indexing) gets a gradient by selection, never by multiplication with 0: NaN in a slot that was not
 selected goes nowhere.
 """
+import math
 import numbers
 
 import numpy as np
 
+from numformer import _core
 from numformer._core import pooled
+from numformer.ops.arguments import FLOATS
 from numformer.tensor import Tensor, apply, is_float
 
 __all__ = ["absolute", "add", "amax", "astype", "clip", "concatenate", "divide", "exp", "getitem", "log", "log_sigmoid",
@@ -23,6 +26,10 @@ def _unbroadcast(gradient, shape):
     if gradient.shape == shape:
         return gradient
     lead = gradient.ndim - len(shape)
+    size = math.prod(shape)
+    if size > 1 and gradient.shape[lead:] == shape and gradient.dtype in FLOATS:
+        # NumPy adds one row after the other, and errs by as many roundings
+        return _core.sum_rows(gradient.reshape(math.prod(gradient.shape[:lead]), size)).reshape(shape)
     axes = tuple(range(lead)) + tuple(i + lead for i, n in enumerate(shape) if n == 1 != gradient.shape[i + lead])
     return gradient.sum(axis=axes, keepdims=True).reshape(shape)
 
