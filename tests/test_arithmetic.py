@@ -212,3 +212,11 @@ def test_size_zero():
 def test_an_exponent_with_a_gradient_is_refused():
     with pytest.raises(TypeError, match="exponent"):
         Tensor(np.ones(2)) ** Tensor(np.ones(2), requires_grad=True)
+
+
+def test_take_along_no_axis_and_clip_take_what_numpys_take():
+    x = Tensor(np.arange(6.0).reshape(2, 3), requires_grad=True)
+    y = x.take_along_axis(np.array([4, 4, 1]), None)
+    y.backward(np.array([1.0, 2.0, 3.0]))
+    assert y.data.tolist() == [4, 4, 1] and x.grad.tolist() == [[0, 3, 0], [0, 3, 0]]
+    assert ar.take_along_axis([[3, 1]], [[1]]).tolist() == [[1]] and ar.clip([0.5, 9.0], high=1).tolist() == [0.5, 1]

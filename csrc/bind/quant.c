@@ -84,11 +84,14 @@ quant_pack(PyObject *module, PyObject *const *args, Py_ssize_t count)
 static int
 read_activation(PyObject *object, nf_elementwise_kernel **kernel)
 {
-    nf_elementwise_kernel *const kernels[] = {
-        NULL, nf_kernels.gelu_erf_f32, nf_kernels.gelu_tanh_f32, nf_kernels.gelu_quick_f32,
-        nf_kernels.silu_f32};
+    nf_elementwise_kernel *const kernels[] = {NULL,
+                                              nf_kernels.gelu_erf_f32,
+                                              nf_kernels.gelu_tanh_f32,
+                                              nf_kernels.gelu_quick_f32,
+                                              nf_kernels.silu_f32,
+                                              nf_kernels.relu_f32};
     const long number = PyLong_AsLong(object);
-    if (number < 0 || number > 4) {
+    if (number < 0 || number > 5) {
         if (!PyErr_Occurred()) {
             PyErr_Format(PyExc_ValueError, "quant_linear: no activation %ld", number);
         }

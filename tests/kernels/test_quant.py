@@ -206,7 +206,8 @@ def test_activation_and_bias_are_those_of_the_ops(compute):
     x, bias = normal(9, 40, dtype=np.float32) / 50, normal(33, dtype=np.float32)
     plain = quant.linear(x, qweight, bias, compute=compute)
     for name, f in {"gelu": nf.gelu, "gelu_tanh": lambda z: nf.gelu(z, "tanh"),
-                    "gelu_quick": lambda z: nf.gelu(z, "quick"), "silu": nf.silu}.items():
+                    "gelu_quick": lambda z: nf.gelu(z, "quick"), "silu": nf.silu,
+                    "relu": lambda z: np.maximum(z, 0)}.items():
         assert (quant.linear(x, qweight, bias, compute=compute, activation=name) == f(plain)).all()
 
 
@@ -241,7 +242,7 @@ def test_int8_gives_the_same_bits_on_every_instruction_set(isa):
 
 
 def test_gradients_of_x_and_bias_are_straight_through():
-    for activation, derivative in {None: lambda z: np.ones_like(z),
+    for activation, derivative in {None: lambda z: np.ones_like(z), "relu": lambda z: z > 0,
                                    "silu": lambda z: (1 + np.exp(-z) * (1 + z)) / (1 + np.exp(-z)) ** 2}.items():
         qweight = quant.quantize(normal(12, 20, dtype=np.float32))
         x, bias = (nf.Tensor(normal(*shape, dtype=np.float32), requires_grad=True) for shape in [(2, 3, 20), (12,)])

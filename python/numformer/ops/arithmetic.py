@@ -248,6 +248,7 @@ def clip(x, low=None, high=None):
     if any(type(v) is Tensor and v.requires_grad for v in (low, high)):
         raise TypeError("clip: the bounds must be numbers or arrays, not Tensors that require a gradient; "
                         "use minimum and maximum")
+    x = _plain(x)
     low, high = ((None if v is None else np.asarray(v.data if type(v) is Tensor else v, x.dtype)) for v in (low, high))
     return apply(_clip_forward, _clip_backward, x, low=low, high=high)
 
@@ -415,7 +416,9 @@ def _getitem_backward(dy, saved):
 def take_along_axis(x, indices, axis=-1):
     """The elements that `indices` (an array of integers) names along `axis`, as ``numpy.take_along_axis``."""
     indices = np.asarray(indices.data if type(indices) is Tensor else indices)
-    return apply(_take_forward, _take_backward, x, indices=indices, axis=axis)
+    if axis is None:
+        x, axis = reshape(_plain(x), -1), 0
+    return apply(_take_forward, _take_backward, _plain(x), indices=indices, axis=axis)
 
 
 def _take_forward(x, indices, axis):

@@ -16,7 +16,8 @@ _ACTIVATIONS = {None: (0, None, None),
                 "gelu": (1, lambda x: gelu_forward(x, "none"), gelu_backward),
                 "gelu_tanh": (2, lambda x: gelu_forward(x, "tanh"), gelu_backward),
                 "gelu_quick": (3, lambda x: gelu_forward(x, "quick"), gelu_backward),
-                "silu": (4, silu_forward, silu_backward)}
+                "silu": (4, silu_forward, silu_backward),
+                "relu": (5, lambda x: (_core.relu(x), x), lambda dy, x: (_core.relu_backward(x, dy),))}
 _COMPUTE = {"int8": True, "float32": False}
 
 
@@ -38,7 +39,7 @@ def linear_backward(dy, saved):
     qweight, bias, activation, inner = saved
     if activation is not None:
         dy = _ACTIVATIONS[activation][2](dy, inner)[0]
-    dbias = None if bias is None else dy.reshape(-1, dy.shape[-1]).sum(0)
+    dbias = None if bias is None else _core.sum_rows(dy)
     return dy @ qweight.dequantize(), dbias, None
 
 
@@ -56,7 +57,7 @@ def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
         of a row of normal values, more where a few are far larger than the rest. The same bits on every
         instruction set.
         "float32": x as it is; weights become floats, each once for some hundred rows.
-    activation : {None, "gelu", "gelu_tanh", "gelu_quick", "silu"}
+    activation : {None, "gelu", "gelu_tanh", "gelu_quick", "silu", "relu"}
     out : (..., N) float32 ndarray, optional
         Where to write the result; C-contiguous, and no part of `x`.
 
