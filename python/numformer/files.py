@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["replace_file", "state_bytes"]
+__all__ = ["json_text", "replace_file", "state_bytes"]
+
+
+def json_text(value, **options):
+    """`value` as JSON, NumPy's numbers and arrays as numbers and lists."""
+    return json.dumps(value, default=lambda x: x.tolist(), **options)
 
 
 def state_bytes(state):
-    """`state` as JSON in an array of bytes, NumPy's numbers and arrays as numbers and lists.
-
-    So the state of any bit generator comes through: that of some holds arrays.
-    """
-    return np.frombuffer(json.dumps(state, default=lambda x: x.tolist()).encode(), np.uint8)
+    """`state` as JSON in an array of bytes: that of any bit generator, of which some hold arrays."""
+    return np.frombuffer(json_text(state).encode(), np.uint8)
 
 
 def replace_file(path, content):

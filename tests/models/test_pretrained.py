@@ -63,6 +63,17 @@ def test_a_save_that_was_cut_short_leaves_the_old_model_or_the_new(tmp_path, mon
     assert nf.models.load(tmp_path).config == new.config
 
 
+def test_a_config_of_numpys_numbers_is_saved_as_of_pythons(tmp_path):
+    tokens = np.array([[3, 1, 49]])
+    config = nf.models.GPTConfig(vocab_size=tokens.max() + 1, block_size=np.int32(8), n_layer=1, n_head=2, n_embd=16,
+                                 rope_theta=np.float32(50))
+    model = nf.models.GPT(config, rng=np.random.default_rng(0)).eval()
+    model.save_pretrained(tmp_path)
+    again = nf.models.load(tmp_path)
+    assert again.config == config and type(again.config.vocab_size) is int
+    np.testing.assert_array_equal(again(tokens).data, model(tokens).data)
+
+
 def test_a_model_is_saved_as_the_same_bytes_by_every_process(tmp_path):
     small().save_pretrained(tmp_path)
     header = (tmp_path / "model.safetensors").read_bytes()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from numformer.files import replace_file
+from numformer.files import json_text, replace_file
 from numformer.quant.weight import QuantizedWeight, QuantSpec
 
 __all__ = ["Pretrained", "load", "read_safetensors", "write_safetensors"]
@@ -139,9 +139,9 @@ class Pretrained:
         if groups:
             config["quantization_config"] = {"quant_method": "numformer", "groups": [
                 {"spec": dataclasses.asdict(spec), "weights": names} for spec, names in groups.items()]}
-        text = json.dumps(config)
+        text = json_text(config)
         write_safetensors(folder / "model.safetensors", self.state_dict(), config=text)
-        replace_file(folder / "config.json", json.dumps({**config, "saved_as": _seal(text)}, indent=2) + "\n")
+        replace_file(folder / "config.json", json_text({**config, "saved_as": _seal(text)}, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder):
