@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from numformer.ops import arithmetic as ar
+from numformer.ops.linear import linear
 from numformer.tensor import Tensor
 
 rng = np.random.default_rng(7)
@@ -59,6 +60,38 @@ def test_divide_broadcasts(shapes):
 def test_where_broadcasts(shapes):
     mask = rng.random(np.broadcast_shapes(*shapes)) < 0.5
     check(lambda a, b: ar.where(mask, a, b), *shapes)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (4, 5)), ((4,), (4, 5)), ((3, 4), (4,)), ((4,), (4,)), ((2, 3, 4), (4, 5)),
+                                    ((2, 3, 4), (4,)), ((4,), (2, 4, 5)), ((3, 4), (2, 4, 5)), ((2, 3, 4), (2, 4, 5)),
+                                    ((2, 1, 3, 4), (3, 4, 2)), ((1, 3, 4), (2, 4, 1)), ((3, 0), (0, 2)),
+                                    ((0, 4), (4, 2)), ((0, 2, 3), (3, 2)), ((0, 2, 3), (0, 3, 2))])
+def test_matrices_are_multiplied_as_by_numpy(shapes):
+    check(ar.matmul, *shapes)
+    a, b = (rng.standard_normal(s).astype(np.float32) for s in shapes)
+    want = a.astype(float) @ b
+    for y in (Tensor(a) @ Tensor(b), Tensor(a) @ b, a @ Tensor(b)):
+        assert type(y) is Tensor and y.dtype == np.float32 and y.shape == want.shape
+        np.testing.assert_allclose(y.data, want, rtol=1e-6, atol=1e-6)
+
+
+def test_a_product_of_matrices_has_the_bits_of_linear_in_any_layout():
+    a, b = rng.standard_normal((2, 40, 70)).astype(np.float32), rng.standard_normal((70, 33)).astype(np.float32)
+    want = linear(a, b.T)
+    for x, y in ((a, b), (np.asfortranarray(a), np.asfortranarray(b)), (a[::-1][::-1], np.repeat(b, 2, 1)[:, ::2])):
+        np.testing.assert_array_equal((Tensor(x) @ y).data, want)
+    np.testing.assert_array_equal((Tensor(a[0, 3]) @ b).data, want[0, 3])
+    np.testing.assert_array_equal((Tensor(a) @ b[None].repeat(2, 0)).data, want)
+
+
+@pytest.mark.parametrize("shapes", [((3, 4), (3, 4)), ((4,), (3,)), ((2, 3, 4), (3, 4, 5)), ((), (3,)), ((3, 4), ())])
+def test_matrices_that_do_not_fit_are_refused(shapes):
+    a, b = (np.ones(s, np.float32) for s in shapes)
+    with pytest.raises(ValueError, match=r"matmul: .*got shapes \(") as error:
+        Tensor(a) @ b
+    assert f"{a.shape} and {b.shape}" in str(error.value)
+    with pytest.raises(TypeError, match="matmul: operands must have the same dtype"):
+        Tensor(np.ones((2, 2), np.float32)) @ np.ones((2, 2))
 
 
 @pytest.mark.parametrize("op", [ar.negative, ar.absolute, ar.exp, ar.tanh, ar.sigmoid, ar.log_sigmoid,

@@ -6,6 +6,7 @@ booleans, so float32 stays float32; float arrays of two dtypes are an error. Wha
 `maximum`, `clip`, indexing) gets a gradient by selection, never by multiplication with 0: NaN in a slot that was not
 selected goes nowhere.
 """
+import itertools
 import math
 import numbers
 
@@ -17,8 +18,9 @@ from numformer.ops.arguments import FLOATS
 from numformer.tensor import Tensor, apply, is_float
 
 __all__ = ["absolute", "add", "amax", "astype", "clip", "concatenate", "divide", "exp", "getitem", "log", "log_sigmoid",
-           "maximum", "mean", "minimum", "multiply", "negative", "power", "reshape", "sigmoid", "sqrt", "squeeze",
-           "stack", "subtract", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unsqueeze", "where"]
+           "matmul", "maximum", "mean", "minimum", "multiply", "negative", "power", "reshape", "sigmoid", "sqrt",
+           "squeeze", "stack", "subtract", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unsqueeze",
+           "where"]
 
 
 def _unbroadcast(gradient, shape):
@@ -481,6 +483,53 @@ def _flip(op):
     return lambda self, other: op(other, self)
 
 
+def matmul(a, b):
+    """The product of matrices, as ``numpy.matmul``: leading axes broadcast, an array of one axis is a vector."""
+    a, b = _operands("matmul", a, b)
+    fits = a.ndim and b.ndim and a.shape[-1] == b.shape[-min(b.ndim, 2)]
+    axes = itertools.zip_longest(a.shape[-3::-1], b.shape[-3::-1], fillvalue=1)
+    if not fits or any(len({1, *pair}) > 2 for pair in axes):
+        raise ValueError("matmul: the last axis of a must be as long as the last but one of b, and the axes before "
+                         f"them must broadcast, got shapes {a.shape} and {b.shape}")
+    wanted = [type(x) is Tensor and x.requires_grad for x in (a, b)]
+    return apply(_matmul_forward, _matmul_backward, a, b, wanted=wanted)
+
+
+def _matmul_forward(a, b, wanted):
+    matrices = a[None] if a.ndim == 1 else a, b[:, None] if b.ndim == 1 else b
+    axes = (-2,) * (a.ndim == 1) + (-1,) * (b.ndim == 1)
+    return _products(*matrices).squeeze(axes), (*matrices, axes, a.shape, b.shape, wanted)
+
+
+def _matmul_backward(dy, saved):
+    a, b, axes, a_shape, b_shape, (a_wanted, b_wanted) = saved
+    dy, da, db = np.expand_dims(dy, axes), None, None
+    if a_wanted:
+        da = _unbroadcast(_products(dy, b.swapaxes(-1, -2)), a.shape).reshape(a_shape)
+    if b_wanted and b.ndim == 2:
+        db = _core.product(_rows(a).T, _rows(dy), None, False).reshape(b_shape)
+    elif b_wanted:
+        db = _unbroadcast(_products(a.swapaxes(-1, -2), dy), b.shape).reshape(b_shape)
+    return da, db
+
+
+def _products(a, b):
+    """a @ b of matrices by numformer's own kernels."""
+    if b.ndim == 2:
+        return _core.product(_rows(a), b, None, False).reshape(*a.shape[:-1], b.shape[1])
+    lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = np.broadcast_to(a, lead + a.shape[-2:]), np.broadcast_to(b, lead + b.shape[-2:])
+    y = np.empty((*lead, a.shape[-2], b.shape[-1]), a.dtype)
+    for i in np.ndindex(lead):
+        _core.product(a[i], b[i], y[i], False)
+    return y
+
+
+def _rows(x):
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])      # -1 is no number where an axis is 0
+
+
+Tensor.__matmul__, Tensor.__rmatmul__ = matmul, _flip(matmul)
 Tensor.__add__ = Tensor.__radd__ = add
 Tensor.__mul__ = Tensor.__rmul__ = multiply
 Tensor.__sub__, Tensor.__rsub__ = subtract, _flip(subtract)

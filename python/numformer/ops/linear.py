@@ -86,7 +86,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
     Notes
     -----
     M N K multiply-adds; the gradients of `x` and of `weight` take as many each. The sum over K goes in blocks of at
-    most 256, in ascending order: error at most (256 + K / 256) eps times the sum of |x| |weight|.
+    most 384, or 256 below AVX-512, in ascending order: error at most (384 + K / 256) eps times the sum of |x| |weight|.
     """
     if type(x) is np.ndarray and type(weight) is np.ndarray and type(bias) in _PLAIN and type(residual) in _PLAIN:
         return _core.linear(x, weight, bias, residual, _number(activation), out, False)
