@@ -1,9 +1,9 @@
 """Every benchmark (or those named), each in a process of its own, and one table of all results.
 
-    python -m benchmarks [NAME ...]         run, then print the table
-    python -m benchmarks --table            only print the table of benchmarks/results/*/*.json, as Markdown
-    python -m benchmarks --readme           only put it into README.md, between its two marks
+    python -m benchmarks [NAME ...]         run, then print the table of benchmarks/results/*/*.json
+    python -m benchmarks --help             what else there is
 """
+import argparse
 import json
 import subprocess
 import sys
@@ -67,15 +67,20 @@ def write_readme():
 
 
 def main():
-    names = [name for name in sys.argv[1:] if not name.startswith("-")]
     every = sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py"))
-    unknown = set(names) - set(every)
+    parser = argparse.ArgumentParser("python -m benchmarks", description="Measure, and print the table of all results.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(every)}; all if none is named")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--table", action="store_true", help="only print the table, as Markdown")
+    instead.add_argument("--readme", action="store_true", help="only put it into README.md, between its two marks")
+    wanted = parser.parse_args()
+    unknown = set(wanted.names) - set(every)
     if unknown:
-        sys.exit(f"benchmarks: no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(every)}")
-    if "--readme" in sys.argv:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    if wanted.readme:
         return write_readme()
-    if "--table" not in sys.argv:
-        for name in names or every:
+    if not wanted.table:
+        for name in wanted.names or every:
             print(f"== {name}", flush=True)
             subprocess.run([sys.executable, "-m", f"benchmarks.bench_{name}"], check=True)
     print(table())
