@@ -92,6 +92,8 @@ def test_matrices_that_do_not_fit_are_refused(shapes):
     assert f"{a.shape} and {b.shape}" in str(error.value)
     with pytest.raises(TypeError, match="matmul: operands must have the same dtype"):
         Tensor(np.ones((2, 2), np.float32)) @ np.ones((2, 2))
+    with pytest.raises(TypeError, match="matmul: operands must be float32 or float64, got float16"):
+        Tensor(np.ones((2, 2), np.float16)) @ np.ones((2, 2), np.float16)
 
 
 @pytest.mark.parametrize("op", [ar.negative, ar.absolute, ar.exp, ar.tanh, ar.sigmoid, ar.log_sigmoid,

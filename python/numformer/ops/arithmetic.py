@@ -486,6 +486,8 @@ def _flip(op):
 def matmul(a, b):
     """The product of matrices, as ``numpy.matmul``: leading axes broadcast, an array of one axis is a vector."""
     a, b = _operands("matmul", a, b)
+    if a.dtype not in FLOATS:
+        raise TypeError(f"matmul: operands must be float32 or float64, got {a.dtype}; convert with .astype(np.float32)")
     fits = a.ndim and b.ndim and a.shape[-1] == b.shape[-min(b.ndim, 2)]
     axes = itertools.zip_longest(a.shape[-3::-1], b.shape[-3::-1], fillvalue=1)
     if not fits or any(len({1, *pair}) > 2 for pair in axes):
