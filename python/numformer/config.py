@@ -36,7 +36,7 @@ def show_config(mode="print"):
         "numformer": f"{numformer.__version__}, NumPy {np.__version__}, Python {platform.python_version()}",
         "kernels": isa + why,
         "threads": _threads(),
-        "matrix products": "numformer's own; NumPy's BLAS is not used",
+        "matrix products": "numformer's own; NumPy's BLAS for GPTQ's calibration and attention maps alone",
         "memory pool": f"{stats['in_use'] / 2**20:.0f} MiB in use, {stats['kept'] / 2**20:.0f} MiB kept "
                        f"of at most {stats['kept_limit'] / 2**20:.0f} MiB",
         "GPU": "none: this build has no CUDA kernels",

@@ -257,6 +257,20 @@ def test_gradients_of_x_and_bias_are_straight_through():
         np.testing.assert_allclose(bias.grad, dz.sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
+def test_the_gradient_of_a_row_does_not_depend_on_the_rows_beside_it():
+    qweight = quant.quantize(normal(300, 700, dtype=np.float32))
+    x, dy = normal(40, 700, dtype=np.float32), normal(40, 300, dtype=np.float32, seed=3)
+
+    def gradient(rows):
+        leaf = nf.Tensor(x[rows], requires_grad=True)
+        quant.linear(leaf, qweight).backward(dy[rows])
+        return leaf.grad
+
+    whole = gradient(slice(40))
+    for rows in (slice(0), slice(1), slice(7, 8), slice(3, 30)):
+        np.testing.assert_array_equal(gradient(rows), whole[rows])
+
+
 def test_nothing_is_recorded_without_need():
     qweight = quant.quantize(normal(12, 20, dtype=np.float32))
     x = nf.Tensor(normal(3, 20, dtype=np.float32))

@@ -1,4 +1,6 @@
 """Products with quantized weights."""
+import math
+
 import numpy as np
 
 from numformer import _core
@@ -39,8 +41,9 @@ def linear_backward(dy, saved):
     qweight, bias, activation, inner = saved
     if activation is not None:
         dy = _ACTIVATIONS[activation][2](dy, inner)[0]
-    dbias = None if bias is None else _core.sum_rows(dy)
-    return dy @ qweight.dequantize(), dbias, None
+    rows, weight = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]), qweight.dequantize()
+    dx = _core.product(rows, weight, None, False).reshape(*dy.shape[:-1], weight.shape[1])
+    return dx, None if bias is None else _core.sum_rows(rows), None
 
 
 def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
