@@ -379,7 +379,8 @@ def load_balancing_loss_backward(dy, saved):
     coefficient = coefficient * dy
     if sums is None:
         return (np.broadcast_to(coefficient, probabilities.shape),)
-    return ((coefficient - ((probabilities @ coefficient)[:, None] / sums)) / sums,)
+    weighted = (probabilities * coefficient).sum(1, keepdims=True)
+    return ((coefficient - weighted / sums) / sums,)
 
 
 def load_balancing_loss(routing, *, form="switch"):
