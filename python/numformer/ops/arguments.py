@@ -1,4 +1,6 @@
 """What every op does with what it is given."""
+import math
+
 import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -36,3 +38,8 @@ def same_dtype(op, **arrays):
     if len(set(dtypes.values())) > 1:
         came = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise TypeError(f"{op}: all arrays must have the same dtype, got {came}; convert with .astype")
+
+
+def as_rows(x):
+    """An array of one axis and more as a matrix of its rows."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])      # -1 is no number where an axis is 0

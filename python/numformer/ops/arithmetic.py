@@ -14,7 +14,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import FLOATS
+from numformer.ops.arguments import FLOATS, as_rows
 from numformer.tensor import Tensor, apply, is_float
 
 __all__ = ["absolute", "add", "amax", "astype", "clip", "concatenate", "divide", "exp", "getitem", "log", "log_sigmoid",
@@ -509,7 +509,7 @@ def _matmul_backward(dy, saved):
     if a_wanted:
         da = _unbroadcast(_products(dy, b.swapaxes(-1, -2)), a.shape).reshape(a_shape)
     if b_wanted and b.ndim == 2:
-        db = _core.product(_rows(a).T, _rows(dy), None, False).reshape(b_shape)
+        db = _core.product(as_rows(a).T, as_rows(dy), None, False).reshape(b_shape)
     elif b_wanted:
         db = _unbroadcast(_products(a.swapaxes(-1, -2), dy), b.shape).reshape(b_shape)
     return da, db
@@ -518,17 +518,13 @@ def _matmul_backward(dy, saved):
 def _products(a, b):
     """a @ b of matrices by numformer's own kernels."""
     if b.ndim == 2:
-        return _core.product(_rows(a), b, None, False).reshape(*a.shape[:-1], b.shape[1])
+        return _core.product(as_rows(a), b, None, False).reshape(*a.shape[:-1], b.shape[1])
     lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     a, b = np.broadcast_to(a, lead + a.shape[-2:]), np.broadcast_to(b, lead + b.shape[-2:])
     y = np.empty((*lead, a.shape[-2], b.shape[-1]), a.dtype)
     for i in np.ndindex(lead):
         _core.product(a[i], b[i], y[i], False)
     return y
-
-
-def _rows(x):
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])      # -1 is no number where an axis is 0
 
 
 Tensor.__matmul__, Tensor.__rmatmul__ = matmul, _flip(matmul)

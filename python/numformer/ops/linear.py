@@ -1,12 +1,11 @@
 """Products with a weight (N, K), as torch keeps it: one, or one for each group of rows."""
 import itertools
-import math
 
 import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import as_arrays, as_floats
+from numformer.ops.arguments import as_arrays, as_floats, as_rows
 from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
@@ -47,10 +46,9 @@ def linear_backward(dy, saved):
     """Return the gradients of x, weight, bias and residual: None where there is none."""
     x, weight, bias, residual, activation, pre, (x_wanted, weight_wanted) = saved
     dz = dy if activation is None else pooled(_ACTIVATIONS[activation][1], pre, dy)
-    count = math.prod(dz.shape[:-1])        # -1 in reshape is no number where an axis is 0
-    rows = dz.reshape(count, dz.shape[-1])
+    rows = as_rows(dz)
     dx = _core.product(rows, weight, None, False).reshape(x.shape) if x_wanted else None
-    dweight = _core.product(rows.T, x.reshape(count, x.shape[-1]), None, False) if weight_wanted else None
+    dweight = _core.product(rows.T, as_rows(x), None, False) if weight_wanted else None
     return dx, dweight, _core.sum_rows(rows) if bias else None, dy if residual else None
 
 

@@ -1,10 +1,8 @@
 """Products with quantized weights."""
-import math
-
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array
+from numformer.ops.arguments import as_array, as_rows
 from numformer.ops.arithmetic import concatenate
 from numformer.ops.gated import silu_backward, silu_forward, swiglu
 from numformer.ops.gelu import gelu_backward, gelu_forward
@@ -41,7 +39,7 @@ def linear_backward(dy, saved):
     qweight, bias, activation, inner = saved
     if activation is not None:
         dy = _ACTIVATIONS[activation][2](dy, inner)[0]
-    rows, weight = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]), qweight.dequantize()
+    rows, weight = as_rows(dy), qweight.dequantize()
     dx = _core.product(rows, weight, None, False).reshape(*dy.shape[:-1], weight.shape[1])
     return dx, None if bias is None else _core.sum_rows(rows), None
 
