@@ -1,3 +1,7 @@
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 
@@ -260,3 +264,42 @@ def test_the_gradient_of_a_scaled_scalar_reaches_backward_as_an_array():
     total = apply(lambda x: (np.asarray(x.sum()), x.shape), check, x)
     (total * 0.5 + total / 4).backward()
     np.testing.assert_array_equal(x.grad, 0.75)
+
+
+def test_walks_in_several_threads_add_to_one_leaf():
+    x = Tensor(np.zeros(1 << 17), requires_grad=True)
+
+    def walk():
+        for _ in range(25):
+            add(x, x).backward(np.ones(x.shape))
+
+    threads = [threading.Thread(target=walk) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_array_equal(x.grad, 200.0)
+
+
+def test_a_fork_beside_a_walk_in_another_thread_leaves_the_child_its_own():
+    code = ("import os, signal, threading, numpy as np, numformer as nf\n"
+            "x, y = (nf.Tensor(np.ones(n), requires_grad=True) for n in (1 << 20, 3))\n"
+            "def walk():\n"
+            "    while not done: (x * 2.0).backward(x.data)\n"
+            "done = False\n"
+            "thread = threading.Thread(target=walk)\n"
+            "thread.start()\n"
+            "wrong = 0\n"
+            "for _ in range(20):\n"
+            "    child = os.fork()\n"
+            "    if child == 0:\n"
+            "        signal.alarm(30)\n"
+            "        (y * 2.0).sum().backward()\n"
+            "        os._exit(int((y.grad != 2).any()))\n"
+            "    wrong += os.waitpid(child, 0)[1]\n"
+            "done = True\n"
+            "thread.join()\n"
+            "print(wrong)")
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True,
+                         timeout=120)
+    assert out.stdout.strip() == "0"
