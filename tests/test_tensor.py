@@ -105,6 +105,30 @@ def test_checkpoint_draws_the_same_numbers_when_nested():
         np.testing.assert_array_equal(plain, again)
 
 
+def test_checkpoint_drops_the_same_again_without_being_told_of_the_generators():
+    def run(remember):
+        rng, other = np.random.default_rng(0), np.random.default_rng(1)
+        x = leaf(*np.linspace(-1, 1, 48))
+        def attend(t):
+            heads = t.reshape(1, 2, 3, 8)
+            return nf.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5, rng=other)
+        def inner(t):
+            return nf.dropout(attend(nf.dropout(t, 0.3, rng)).reshape(48), 0.3, rng)
+        def outer(t):
+            return nf.dropout(remember(inner, t), 0.3, rng)
+        y = remember(outer, nf.dropout(x, 0.3, rng))
+        y = nf.dropout(y, 0.3, rng)
+        after = rng.bit_generator.state, other.bit_generator.state
+        y.backward(np.ones(48))
+        assert (rng.bit_generator.state, other.bit_generator.state) == after
+        return y.data, x.grad, after
+
+    plain, again = run(lambda f, x: f(x)), run(checkpoint)
+    assert plain[2] == again[2]
+    np.testing.assert_array_equal(plain[0], again[0])
+    np.testing.assert_allclose(plain[1], again[1], rtol=1e-12)
+
+
 def test_checkpoint_of_a_function_with_several_outputs():
     def run(remember, use):
         x, weight = leaf(0.5, -1.5), leaf(2.0, 3.0)

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 import numformer as nf
 
@@ -42,3 +43,33 @@ def test_one_tensor_comes_back_as_one_tensor():
     y = nf.nn.checkpoint(layer, x)
     assert type(y) is nf.Tensor
     np.testing.assert_array_equal(y.data, layer(x).data)
+
+
+@pytest.mark.parametrize("checkpoint", [nf.checkpoint, nf.nn.checkpoint])
+def test_dropout_inside_drops_the_same_again_though_no_generator_is_given(checkpoint):
+    class Layer(nf.nn.Module):
+        def __init__(self, rng):
+            self.attention = nf.nn.MultiHeadAttention(8, 2, dropout=0.3, rng=rng)
+            self.drop = nf.nn.Dropout(0.3, rng=np.random.default_rng(1))
+
+        def __call__(self, x):
+            return self.drop(self.attention(self.drop(x)))
+
+    class Two(nf.nn.Module):
+        def __init__(self, rng):
+            self.first, self.second = Layer(rng), Layer(rng)
+
+        def __call__(self, x, remember):
+            return remember(self.second, self.first(x))
+
+    def run(remember):
+        rng = np.random.default_rng(0)
+        layer, model = Layer(rng), Two(rng)
+        x = nf.Tensor(rng.standard_normal((2, 5, 8), np.float32), requires_grad=True)
+        y = remember(layer, x)
+        y = remember(model, remember(layer, y), remember)
+        (y * y).sum().backward()
+        return [y.data, x.grad, rng.random(), layer.drop.rng.random(), *(p.grad for p in model.parameters())]
+
+    for plain, again in zip(run(lambda f, *inputs: f(*inputs)), run(checkpoint), strict=True):
+        np.testing.assert_array_equal(plain, again)

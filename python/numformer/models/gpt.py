@@ -216,7 +216,7 @@ class GPT(Module, Pretrained):
         recompute = self.config.recompute and cache is None and is_recording() and type(x) is Tensor
         for layer, block in enumerate(self.blocks):
             if recompute:
-                x = nf.nn.checkpoint(block, x, rotary, cache, layer, rng=self.rng)
+                x = nf.nn.checkpoint(block, x, rotary, cache, layer)
             else:
                 x = block(x, rotary, cache, layer)
         if cache is not None:

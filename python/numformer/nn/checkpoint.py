@@ -20,7 +20,7 @@ def checkpoint(module, *inputs, rng=None):
         Its call returns a Tensor or a tuple of Tensors.
     *inputs : Tensor or anything else
     rng : numpy.random.Generator, or a sequence of them, optional
-        What its dropout draws from.
+        What it draws from itself; those of dropout need not be given.
 
     Returns
     -------

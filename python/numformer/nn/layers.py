@@ -79,8 +79,7 @@ class Dropout(Module):
     ----------
     p : float
     rng : numpy.random.Generator
-        Advanced by every call in training mode. To :func:`numformer.checkpoint` a function with dropout inside,
-        give the same generator there.
+        Advanced by every call in training mode.
     """
 
     def __init__(self, p, *, rng):

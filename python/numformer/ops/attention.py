@@ -7,7 +7,7 @@ import numpy as np
 
 from numformer import _core
 from numformer.ops.arguments import as_array, as_arrays
-from numformer.tensor import Tensor, apply
+from numformer.tensor import Tensor, apply, draw_key
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
            "packed_attention_backward", "packed_attention_forward", "scaled_dot_product_attention",
@@ -34,13 +34,7 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
         softcap = 0.0
     if kv_lengths is not None:
         kv_lengths = as_array(kv_lengths, _OP, "kv_lengths")
-    key = 0
-    if dropout_p != 0:
-        bits = getattr(rng, "bit_generator", None)
-        if bits is None:
-            raise TypeError(f"{_OP}: rng must be a numpy.random.Generator where dropout_p is not 0, got "
-                            f"{type(rng).__name__}")
-        key = bits.random_raw()
+    key = 0 if dropout_p == 0 else draw_key(_OP, "dropout_p", rng)
     try:
         left, right = window_size
     except (TypeError, ValueError):

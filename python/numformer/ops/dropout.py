@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al. 2014, JMLR 15) by counter-based random numbers (Salmon et al. 2011, Philox 4x32-10)."""
 from numformer import _core
 from numformer.ops.arguments import as_floats
-from numformer.tensor import apply
+from numformer.tensor import apply, draw_key
 
 __all__ = ["dropout", "dropout_backward", "dropout_forward"]
 
@@ -11,10 +11,7 @@ def dropout_forward(x, p, rng):
     x = as_floats(x, "dropout", "x")
     if p == 0:
         return x, None
-    bits = getattr(rng, "bit_generator", None)
-    if bits is None:
-        raise TypeError(f"dropout: rng must be a numpy.random.Generator where p is not 0, got {type(rng).__name__}")
-    key = bits.random_raw()
+    key = draw_key("dropout", "p", rng)
     return _core.dropout(x, p, key), (p, key)
 
 
