@@ -237,6 +237,7 @@ class Trainer:
         begin, total, tokens = time.perf_counter(), 0.0, 0
         if self.schedule is not None:
             self.optimizer.lr = self.schedule(step)
+        self.optimizer.zero_grad()          # what a step that was interrupted left
         for _ in range(self.accumulate):
             batch = next(self.batches)
             loss = self.model.loss(*batch)

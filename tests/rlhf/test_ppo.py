@@ -352,3 +352,11 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_an_update():
         loop.step(rollout)
     for p, x in zip(loop.policy.parameters(), before):
         np.testing.assert_array_equal(p.data, x)
+
+
+def test_gradients_from_before_take_no_part():
+    plain, other = ppo(), ppo()
+    for model in (other.policy, other.value):
+        for p in model.parameters():
+            p.grad = np.ones_like(p.data)
+    assert plain.step() == other.step()

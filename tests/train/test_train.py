@@ -213,6 +213,26 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
     assert json.dumps(again.batches.state()) == json.dumps(straight.batches.state())
 
 
+def test_a_run_that_was_interrupted_goes_on_in_the_same_process_with_the_same_bits(tmp_path):
+    pytest.importorskip("safetensors")
+    straight = trainer(tmp_path, checkpoint=tmp_path / "straight.safetensors")
+    straight.run()
+    loop = trainer(tmp_path, checkpoint=tmp_path / "run.safetensors")
+    update, calls = loop.optimizer.step, iter(range(100))
+
+    def interrupted(max_norm):
+        if next(calls) == 4:            # the gradients are there, the update is not
+            raise KeyboardInterrupt
+        return update(max_norm)
+
+    loop.optimizer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    loop.run()
+    for name, array in straight.model.state_dict().items():
+        np.testing.assert_array_equal(array, loop.model.state_dict()[name])
+
+
 @pytest.mark.parametrize("generator", [np.random.Philox, np.random.MT19937, np.random.SFC64, np.random.PCG64DXSM])
 def test_any_generator_and_numbers_of_numpy_go_into_a_checkpoint(tmp_path, generator):
     pytest.importorskip("safetensors")

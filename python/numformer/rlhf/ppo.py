@@ -266,6 +266,8 @@ class PPO:
         if not np.isfinite([loss.item(), value_loss.item()]).all():
             raise RuntimeError(f"PPO: in iteration {self.iteration} the policy's loss is {loss.item()} and the value's "
                                f"{value_loss.item()}; nothing was updated by this minibatch")
+        for optimizer in (self.policy_optimizer, self.value_optimizer):
+            optimizer.zero_grad()           # what an update that was interrupted left
         loss.backward()
         (value_loss * c.value_coef).backward()
         for name, optimizer in (("policy", self.policy_optimizer), ("value", self.value_optimizer)):
