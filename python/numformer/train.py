@@ -223,11 +223,11 @@ class Trainer:
         with _bar(self.progress, self.steps, self.done) as bar:
             for step in range(self.done, self.steps):
                 metrics = self.step(step)
+                self.done = step + 1
                 for callback in self.callbacks:
                     callback(step, metrics)
                 bar.set_postfix_str(f"loss {metrics['loss']:.3f}", refresh=False)
                 bar.update()
-                self.done = step + 1
                 if self.checkpoint is not None and (self.done % self.every == 0 or self.done == self.steps):
                     self.save()
         return metrics

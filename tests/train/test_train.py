@@ -233,6 +233,21 @@ def test_a_run_that_was_interrupted_goes_on_in_the_same_process_with_the_same_bi
         np.testing.assert_array_equal(array, loop.model.state_dict()[name])
 
 
+def test_a_step_whose_callback_was_interrupted_is_not_done_again(tmp_path):
+    seen = []
+
+    def interrupted(step, _):
+        seen.append(step)
+        if seen == [0, 1]:
+            raise KeyboardInterrupt
+
+    loop = trainer(tmp_path, 4, callbacks=[interrupted])
+    with pytest.raises(KeyboardInterrupt):
+        loop.run()
+    loop.run()
+    assert seen == [0, 1, 2, 3] and loop.optimizer.steps == 4
+
+
 @pytest.mark.parametrize("generator", [np.random.Philox, np.random.MT19937, np.random.SFC64, np.random.PCG64DXSM])
 def test_any_generator_and_numbers_of_numpy_go_into_a_checkpoint(tmp_path, generator):
     pytest.importorskip("safetensors")
