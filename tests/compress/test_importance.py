@@ -25,6 +25,13 @@ def test_a_heads_score_is_the_slope_of_each_rows_loss_when_its_output_shrinks(op
             np.testing.assert_allclose(score[head], np.mean(slopes), rtol=1e-6)
 
 
+def test_a_quantized_model_has_scores_near_those_of_its_floats():
+    model = gpt(n_expert=4)
+    quantized, _ = compress.quantize_model(model, nf.quant.QuantSpec(bits=8, group_size=None))
+    for ours, floats in zip(compress.head_importance(quantized, batches()), compress.head_importance(model, batches())):
+        np.testing.assert_allclose(ours, floats, atol=0.1)
+
+
 def test_scores_have_norm_one_in_each_layer_and_the_model_stays_as_it_was():
     model = gpt(n_expert=4, dropout=0.1).train()
     model.loss(*batches()[0]).backward()

@@ -67,7 +67,8 @@ def head_importance(model, batches, *, count=None, groups=False, normalize=True)
     for batch in take(batches, count, "head_importance"):
         size = len(batch[0])
         for a in attentions:
-            a.head_gate = Tensor(np.ones((size, a.n_head), a.out.dtype), requires_grad=True)
+            dtype = getattr(a.out, "dtype", np.float32)         # quantized weights have none
+            a.head_gate = Tensor(np.ones((size, a.n_head), dtype), requires_grad=True)
         twin.loss(*batch).backward()
         for a, total in zip(attentions, totals):
             slope = a.head_gate.grad.astype(np.float64) * size          # the loss is a mean over the rows
