@@ -115,6 +115,8 @@ def test_from_gpt_copies_and_heads_begin_as_documented():
     assert reward.head.weight.data.std() == pytest.approx(65**-0.5, rel=0.3)
     again = rlhf.ValueModel.from_reward(reward, rng=np.random.default_rng(2))
     np.testing.assert_array_equal(again.head.weight.data, reward.head.weight.data)
+    with pytest.raises(TypeError, match="ValueModel: gpt is quantized, and nothing trains its weights"):
+        rlhf.ValueModel.from_gpt(nf.compress.quantize_model(gpt())[0], rng=np.random.default_rng(1))
 
 
 @pytest.mark.parametrize("kind", [rlhf.RewardModel, rlhf.ValueModel])

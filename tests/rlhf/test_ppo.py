@@ -329,6 +329,12 @@ def test_parts_that_do_not_fit_are_named():
         build(value=shared)
     with pytest.raises(ValueError, match=r"ptx_coef is 27.8, which needs pretrain"):
         build(ptx_coef=27.8)
+    quantized, _ = nf.compress.quantize_model(policy)
+    with pytest.raises(TypeError, match="policy is quantized, and nothing trains its weights"):
+        rlhf.PPO(quantized, None, value, liked, [[1]], rlhf.PPOConfig(), rng=np.random.default_rng(0))
+    shared.trunk = quantized
+    with pytest.raises(TypeError, match="value is quantized"):
+        build(value=shared)
     for rows, message in (([], "there are no prompts"), ([[1], []], "at least one token id"),
                           ([[1] * 30], "up to 38 positions, block_size of policy is 32")):
         with pytest.raises(ValueError, match=message):

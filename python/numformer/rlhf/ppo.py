@@ -25,6 +25,7 @@ from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
 from numformer.rlhf.best_of_n import read_scores
 from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
 from numformer.rlhf.masked import explained_variance, masked_mean, masked_whiten
+from numformer.rlhf.scorers import refuse_quantized
 from numformer.rlhf.sequences import Sequences, completion_log_probs, completion_values
 from numformer.train import AdamW, whole_state
 
@@ -101,6 +102,8 @@ class PPO:
     def __init__(self, policy, reference, value, reward_fn, prompts, config, *, rng, pretrain=None):
         if reference is policy:
             raise ValueError("PPO: reference is the policy itself, which changes; give another copy, or None")
+        for name, model in (("policy", policy), ("value", value)):
+            refuse_quantized(model, f"PPO: {name}")
         self.policy, self.value, self.config = policy, value, config
         self.reference = _copy(policy) if reference is None else reference
         self.reward_fn, self.rng, self.pretrain = reward_fn, rng, pretrain

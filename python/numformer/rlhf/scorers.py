@@ -11,7 +11,13 @@ from numformer.nn import Linear, Module
 from numformer.rlhf.losses import reward_accuracy, reward_model_loss
 from numformer.rlhf.sequences import pad
 
-__all__ = ["RewardModel", "ValueModel"]
+__all__ = ["RewardModel", "ValueModel", "refuse_quantized"]
+
+
+def refuse_quantized(model, name):
+    """TypeError if a weight of `model`, which was given as `name`, is quantized."""
+    if any(True for _ in model.named_quantized()):
+        raise TypeError(f"{name} is quantized, and nothing trains its weights; give a model of floats")
 
 
 class _Scorer(Module):
@@ -26,7 +32,8 @@ class _Scorer(Module):
 
     @classmethod
     def from_gpt(cls, gpt, *, rng):
-        """With a copy of the weights of `gpt` and a new head, drawn from `rng`."""
+        """With a copy of the weights of `gpt` and a new head, drawn from `rng`. TypeError where they are quantized."""
+        refuse_quantized(gpt, f"{cls.__name__}: gpt")
         model = cls(gpt.config, rng=rng)
         weights = gpt.state_dict()
         model.trunk.load_state_dict({name: array for name, array in weights.items() if name != "head"})
