@@ -274,6 +274,8 @@ def test_a_tensor_is_described_as_an_array_is():
     x = Tensor(np.zeros((2, 3), np.float32))
     assert (x.shape, x.dtype, x.ndim, x.size, len(x)) == ((2, 3), np.float32, 2, 6, 2)
     assert Tensor(np.array([2.5])).item() == 2.5 and float(Tensor(np.array(2.5))) == 2.5
+    loss = Tensor(np.array(0.125, np.float32), requires_grad=True)
+    assert f"{loss:.2f}" == "0.12" and f"{loss}" == str(loss)
     assert np.asarray(x) is x.data and not leaf(1.0).detach().requires_grad
     with pytest.raises(TypeError, match="detach"):
         np.asarray(leaf(1.0))
