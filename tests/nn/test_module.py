@@ -40,6 +40,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed():
     message = r"missing first.bias; unexpected more; rest.0.weight must have shape \(3, 3\), got \(3, 4\)"
     with pytest.raises(ValueError, match=message):
         model.load_state_dict(arrays)
+    arrays = pair(1).state_dict() | {"rest.1.weight": np.ones(3, complex)}
+    with pytest.raises(ValueError, match=r"rest.1.weight must be of real numbers, got complex128"):
+        model.load_state_dict(arrays)
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 

@@ -114,13 +114,17 @@ class Module:
         Raises
         ------
         ValueError
-            Names that are missing or unexpected, and shapes that differ, all in one message.
+            Names that are missing or unexpected, shapes that differ, and values that are no real numbers, all in one
+            message.
         """
         own, state = dict(self.named_parameters()), self.state_dict()
         wrong = [f"missing {name}" for name in state if name not in arrays]
         wrong += [f"unexpected {name}" for name in arrays if name not in state]
         wrong += [f"{name} must have shape {state[name].shape}, got {np.shape(arrays[name])}"
                   for name in state if name in arrays and np.shape(arrays[name]) != state[name].shape]
+        dtypes = {name: np.asarray(arrays[name]).dtype for name in own if name in arrays}
+        wrong += [f"{name} must be of real numbers, got {dtype}" for name, dtype in dtypes.items()
+                  if not np.can_cast(dtype, np.float32, "same_kind")]
         if wrong:
             more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
             raise ValueError(f"load_state_dict: {'; '.join(wrong[:8])}{more}")
