@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from numformer.files import state_bytes
-from numformer.models.pretrained import read_safetensors, write_safetensors
+from numformer.models.pretrained import need_safetensors, read_safetensors, write_safetensors
 from numformer.ops.optimizer import adamw_step, global_norm
 from numformer.tensor import Tensor
 
@@ -102,6 +102,14 @@ class AdamW:
         self.steps = int(state["steps"][0])
 
 
+def check_resumable(batches, name, like):
+    """What a checkpoint needs: ImportError without safetensors, TypeError for batches (or None) without a state."""
+    need_safetensors()
+    if batches is not None and not hasattr(batches, "state"):
+        raise TypeError(f"{name} must have state() and restore(state) for a checkpoint, as {like} have, got "
+                        f"{type(batches).__name__}")
+
+
 def whole_state(state):
     """The state of an AdamW with the counts that one of an older version lacks: all steps, for every parameter."""
     if "counts" in state or "steps" not in state:
@@ -181,7 +189,8 @@ class Trainer:
     Parameters
     ----------
     model : Module with ``loss(*batch) -> Tensor``
-    batches : iterator with ``state()`` and ``restore(state)``, as :class:`numformer.data.Batches`
+    batches : iterator, as :class:`numformer.data.Batches`
+        With ``state()`` and ``restore(state)`` where there is a checkpoint.
     optimizer : AdamW
     steps : int
     schedule : callable, optional
@@ -206,6 +215,8 @@ class Trainer:
         for name, number in (("accumulate", accumulate), ("every", every)):
             if number < 1:
                 raise ValueError(f"Trainer: {name} must be 1 or more, got {number}")
+        if checkpoint is not None:          # said now, and not when the first one is due
+            check_resumable(batches, "Trainer: batches", "numformer.data.Batches")
         self.model, self.batches, self.optimizer, self.steps = model, batches, optimizer, steps
         self.schedule, self.accumulate, self.max_norm = schedule, accumulate, max_norm
         self.checkpoint = None if checkpoint is None else Path(checkpoint)

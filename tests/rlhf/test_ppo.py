@@ -229,6 +229,13 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(ours[name], array)
 
 
+def test_what_a_checkpoint_needs_is_said_before_the_first_iteration(tmp_path):
+    pytest.importorskip("safetensors")
+    loop = ppo(ptx_coef=0.5, pretrain=iter([]))
+    with pytest.raises(TypeError, match=r"pretrain must have state\(\) and restore\(state\).*, got list_iterator"):
+        loop.run(1, checkpoint=tmp_path / "run")
+
+
 def test_a_generator_whose_state_holds_arrays_goes_into_a_checkpoint(tmp_path):
     pytest.importorskip("safetensors")
     first, again = ppo(), ppo()

@@ -248,6 +248,16 @@ def test_a_step_whose_callback_was_interrupted_is_not_done_again(tmp_path):
     assert seen == [0, 1, 2, 3] and loop.optimizer.steps == 4
 
 
+def test_what_a_checkpoint_needs_is_said_before_the_first_step(tmp_path, monkeypatch):
+    pytest.importorskip("safetensors")
+    loop = trainer(tmp_path)
+    with pytest.raises(TypeError, match=r"batches must have state\(\) and restore\(state\).*, got generator"):
+        train.Trainer(loop.model, (batch for batch in loop.batches), loop.optimizer, 9, checkpoint=tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"numformer\[models\]"):
+        trainer(tmp_path, checkpoint=tmp_path / "run")
+
+
 @pytest.mark.parametrize("generator", [np.random.Philox, np.random.MT19937, np.random.SFC64, np.random.PCG64DXSM])
 def test_any_generator_and_numbers_of_numpy_go_into_a_checkpoint(tmp_path, generator):
     pytest.importorskip("safetensors")

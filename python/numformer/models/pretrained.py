@@ -9,12 +9,13 @@ import numpy as np
 from numformer.files import json_text, replace_file
 from numformer.quant.weight import QuantizedWeight, QuantSpec
 
-__all__ = ["Pretrained", "load", "read_safetensors", "write_safetensors"]
+__all__ = ["Pretrained", "load", "need_safetensors", "read_safetensors", "write_safetensors"]
 
 _models = {}        # model_type -> class
 
 
-def _safetensors():
+def need_safetensors():
+    """The library that files are read and written with. ImportError, naming the extra, where it is missing."""
     try:
         import safetensors
         import safetensors.numpy
@@ -26,7 +27,7 @@ def _safetensors():
 
 def read_safetensors(path):
     """The arrays of a file by name. ValueError, in one line, for a file that is broken."""
-    library = _safetensors()
+    library = need_safetensors()
     try:
         return library.numpy.load(Path(path).read_bytes())
     except (library.SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -37,7 +38,7 @@ def write_safetensors(path, arrays, config=None):
     """Write the arrays by name, aside first; the text of a config with them."""
     metadata = {"format": "np"} if config is None else {"config": config}      # two would come in any order
     arrays = {name: np.asarray(x, order="C") for name, x in arrays.items()}
-    replace_file(path, _safetensors().numpy.save(arrays, metadata=metadata))
+    replace_file(path, need_safetensors().numpy.save(arrays, metadata=metadata))
 
 
 def _seal(text):
@@ -46,7 +47,7 @@ def _seal(text):
 
 def _config_in(path):
     """The text of the config that a file of weights was saved with, or None."""
-    library = _safetensors()
+    library = need_safetensors()
     try:
         with library.safe_open(path, "np") as file:
             return (file.metadata() or {}).get("config")

@@ -27,7 +27,7 @@ from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
 from numformer.rlhf.masked import explained_variance, masked_mean, masked_whiten
 from numformer.rlhf.scorers import refuse_quantized
 from numformer.rlhf.sequences import Sequences, completion_log_probs, completion_values
-from numformer.train import AdamW, whole_state
+from numformer.train import AdamW, check_resumable, whole_state
 
 __all__ = ["PPO", "Rollout"]
 
@@ -89,8 +89,9 @@ class PPO:
     config : PPOConfig
     rng : numpy.random.Generator
         All that is random here: the prompts' order, sampling, minibatches.
-    pretrain : iterator with ``state()`` and ``restore(state)``, optional
-        Batches for ``policy.loss``, where config.ptx_coef is above 0.
+    pretrain : iterator, optional
+        Batches for ``policy.loss``, where config.ptx_coef is above 0; with ``state()`` and ``restore(state)`` where
+        there is a checkpoint.
 
     Attributes
     ----------
@@ -232,8 +233,10 @@ class PPO:
         callbacks : iterable of callables
             Each is called as ``callback(iteration, metrics)`` after every iteration, counted from 0.
         """
-        if checkpoint is not None and Path(checkpoint).exists():
-            self.resume(checkpoint)
+        if checkpoint is not None:          # said now, and not when the first one is due
+            check_resumable(self.pretrain, "PPO: pretrain", "CompletionBatches")
+            if Path(checkpoint).exists():
+                self.resume(checkpoint)
         metrics = {}
         while self.iteration < iterations:
             metrics = self.step()
