@@ -115,7 +115,10 @@ class Batches:
         return {"seed": self.seed, "drawn": self.drawn, "windows": self.windows, "block": self.block}
 
     def restore(self, state):
-        """Go on from where :meth:`state` was taken. ValueError if the data are not the same."""
+        """Go on from where :meth:`state` was taken. ValueError for another seed, block or number of windows.
+
+        What the windows hold is not compared.
+        """
         own = self.state() | {"drawn": state["drawn"]}
         if own != state:
             raise ValueError(f"Batches: the checkpoint was made with {state}, these data are {own}")
