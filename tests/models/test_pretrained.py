@@ -1,9 +1,11 @@
 import json
+import threading
 
 import numpy as np
 import pytest
 
 import numformer as nf
+from numformer import files
 
 pytest.importorskip("safetensors")
 
@@ -125,10 +127,28 @@ def test_a_config_that_does_not_fit_is_an_error(tmp_path, change, message):
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    from numformer import files
     path = tmp_path / "a"
     files.replace_file(path, "old")
     monkeypatch.setattr(files.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         files.replace_file(path, "new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_two_threads_that_write_one_file_leave_one_of_theirs_whole(tmp_path):
+    begun, written = threading.Event(), threading.Event()
+
+    def slow(file):
+        file.write(b"slow")
+        begun.set()
+        assert written.wait(60)
+        file.write(b", to its end")
+
+    thread = threading.Thread(target=files.replace_file, args=(tmp_path / "file", slow))
+    thread.start()
+    assert begun.wait(60)
+    files.replace_file(tmp_path / "file", "quick")
+    assert (tmp_path / "file").read_text() == "quick"
+    written.set()
+    thread.join()
+    assert (tmp_path / "file").read_text() == "slow, to its end" and len(list(tmp_path.iterdir())) == 1
