@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -265,3 +267,21 @@ def test_no_tokens_have_no_logits_a_loss_of_0_and_gradients_of_0(shape, options)
     assert model(nothing).shape == model.eval()(nothing).shape == (*shape, model.config.vocab_size)
     with nf.no_grad():
         assert model(nothing).shape == (*shape, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_threads_with_a_shared_model_each_add_up_their_gradients(recompute):
+    model, parts = gpt(n_expert=4, dtype="float64", recompute=recompute), [tokens(seed=seed) for seed in range(8)]
+
+    def walk(part):
+        model.shared().loss(part, part).backward()
+
+    for part in parts:
+        walk(part)
+    expected = [p.grad for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = None
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(walk, parts))
+    for p, gradient in zip(model.parameters(), expected):
+        np.testing.assert_allclose(p.grad, gradient, atol=1e-12)
