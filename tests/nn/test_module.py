@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+import numformer as nf
 from numformer import nn
 
 
@@ -21,6 +22,28 @@ def test_parameters_are_found_in_attributes_and_lists_once():
     names = [name for name, _ in pair().named_parameters()]
     assert sorted(names) == ["first.bias", "rest.0.weight", "rest.1.weight", "tied"]
     assert len(pair().parameters()) == 4
+
+
+def test_what_a_call_leaves_on_its_module_is_no_parameter():
+    model, x = pair(), np.ones((4, 2), np.float32)
+    names = list(model.state_dict())
+    model.loss, model.seen = model.first(x).mean(), model.first(x).detach()
+    assert list(model.state_dict()) == names
+    with nf.no_grad():
+        model.loss = model.first(x).mean()
+    nf.checkpoint(lambda: setattr(model, "seen", model.first(x)) or model.seen * 2.0)
+    assert list(model.state_dict()) == names == [name for name, _ in model.named_parameters()]
+    for p in model.parameters():
+        p.requires_grad = False             # frozen
+    model.loss = model.first(x).mean()
+    assert list(model.state_dict()) == names
+
+
+def test_a_leaf_that_an_op_computed_is_a_parameter():
+    model = nn.Module()
+    model.weight = nf.Tensor(np.ones(3)) * 2.0
+    model.weight.requires_grad = True
+    assert model.parameters() == [model.weight]
 
 
 def test_a_state_dict_goes_back():

@@ -1,8 +1,9 @@
 """Module: a tree of named parameters.
 
-A Tensor in an attribute is a parameter; a Module in an attribute, or in a list or tuple there, is a part. A
-QuantizedWeight in an attribute, or in a list there, is no parameter (nothing trains it), but saved with them. Anything
-else (numbers, ndarrays of constants, generators) belongs to the module alone and is not saved.
+A Tensor in an attribute is a parameter, unless an op made it: what a call leaves there, a loss or weights to look at,
+is none. A Module in an attribute, or in a list or tuple there, is a part. A QuantizedWeight in an attribute, or in a
+list there, is no parameter (nothing trains it), but saved with them. Anything else (numbers, ndarrays of constants,
+generators) belongs to the module alone and is not saved.
 """
 import copy
 
@@ -72,7 +73,7 @@ class Module:
 
     def _weights(self, prefix):
         for name, value in vars(self).items():
-            if type(value) in (Tensor, QuantizedWeight):
+            if _is_parameter(value) or type(value) is QuantizedWeight:
                 yield prefix + name, (self, name, value.shape)
             elif isinstance(value, list) and value and type(value[0]) is QuantizedWeight:
                 yield prefix + name, (self, name, (len(value), *value[0].shape))
@@ -96,7 +97,7 @@ class Module:
 
     def _walk(self, prefix):
         for name, value in vars(self).items():
-            if type(value) is Tensor:
+            if _is_parameter(value):
                 yield prefix + name, value
         for name, part in self._parts():
             yield from part._walk(f"{prefix}{name}.")
@@ -158,6 +159,10 @@ class Module:
     def __repr__(self):
         count = sum(p.size for p in self.parameters())
         return f"{type(self).__name__}({count} parameters)"
+
+
+def _is_parameter(value):
+    return type(value) is Tensor and not value.is_made
 
 
 def _copied(value, leaf):
