@@ -24,6 +24,29 @@ def test_parameters_are_found_in_attributes_and_lists_once():
     assert len(pair().parameters()) == 4
 
 
+def test_parameters_are_found_in_lists_of_lists_and_in_dicts():
+    class Nested(nn.Module):
+        def __init__(self, rng):
+            self.blocks = [(nn.RMSNorm(3), [nn.Linear(3, 3, bias=False, rng=rng)]) for _ in range(2)]
+            self.heads = {"a": nn.Linear(3, 1, rng=rng), "scale": nf.Tensor(np.ones(1, np.float32), requires_grad=True)}
+
+        def __call__(self, x):
+            for norm, layers in self.blocks:
+                x = layers[0](norm(x))
+            return self.heads["a"](x) * self.heads["scale"]
+
+    model, other = (Nested(np.random.default_rng(seed)) for seed in range(2))
+    assert list(model.state_dict()) == ["heads.scale", "blocks.0.0.weight", "blocks.0.1.0.weight", "blocks.1.0.weight",
+                                        "blocks.1.1.0.weight", "heads.a.weight", "heads.a.bias"]
+    x = np.ones((2, 3), np.float32)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    other.load_state_dict(model.state_dict())
+    y = other.as_arrays()(x)
+    assert type(y) is np.ndarray and np.array_equal(y, model(x).data)
+    assert not model.eval().heads["a"].training
+
+
 def test_what_a_call_leaves_on_its_module_is_no_parameter():
     model, x = pair(), np.ones((4, 2), np.float32)
     names = list(model.state_dict())

@@ -1,9 +1,9 @@
 """Module: a tree of named parameters.
 
 A Tensor in an attribute is a parameter, unless an op made it: what a call leaves there, a loss or weights to look at,
-is none. A Module in an attribute, or in a list or tuple there, is a part. A QuantizedWeight in an attribute, or in a
-list there, is no parameter (nothing trains it), but saved with them. Anything else (numbers, ndarrays of constants,
-generators) belongs to the module alone and is not saved.
+is none. A Module there is a part. Both are found in lists, tuples and dicts too, at any depth. A QuantizedWeight in an
+attribute, or in a list there, is no parameter (nothing trains it), but saved with them. Anything else (numbers,
+ndarrays of constants, generators) belongs to the module alone and is not saved.
 """
 import copy
 
@@ -35,7 +35,7 @@ class Module:
     def named_quantized(self):
         """Yield (name, QuantizedWeight), names as ``"blocks.0.attention.qkv"`` or ``"blocks.0.mlp.up.3"`` in a list."""
         for name, value in vars(self).items():
-            for key, item in _items(name, value):
+            for key, item in _held(name, value):
                 if type(item) is QuantizedWeight:
                     yield key, item
         for name, part in self._parts():
@@ -88,17 +88,15 @@ class Module:
 
     def _parts(self):
         for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
+            for key, item in _held(name, value):
+                if isinstance(item, Module):
+                    yield key, item
 
     def _walk(self, prefix):
         for name, value in vars(self).items():
-            if _is_parameter(value):
-                yield prefix + name, value
+            for key, item in _held(name, value):
+                if _is_parameter(item):
+                    yield prefix + key, item
         for name, part in self._parts():
             yield from part._walk(f"{prefix}{name}.")
 
@@ -166,19 +164,26 @@ def _is_parameter(value):
 
 
 def _copied(value, leaf):
-    """`value` with the modules and lists in it copied, and ``leaf(tensor)`` for every Tensor."""
+    """`value` with the modules, lists and dicts in it copied, and ``leaf(tensor)`` for every Tensor."""
     if type(value) is Tensor:
         return leaf(value)
     if isinstance(value, Module):
         twin = copy.copy(value)
         for name, attribute in vars(value).items():
-            if isinstance(attribute, (Tensor, Module, list, tuple)):
+            if isinstance(attribute, (Tensor, Module, list, tuple, dict)):
                 setattr(twin, name, _copied(attribute, leaf))
         return twin
     if type(value) in (list, tuple):
         return type(value)([_copied(item, leaf) for item in value])
+    if type(value) is dict:
+        return {key: _copied(item, leaf) for key, item in value.items()}
     return value
 
 
-def _items(name, value):
-    return [(f"{name}.{i}", item) for i, item in enumerate(value)] if isinstance(value, list) else [(name, value)]
+def _held(name, value):
+    """(name, item) of what an attribute holds: itself, or what is in its lists, tuples and dicts."""
+    if not isinstance(value, (list, tuple, dict)):
+        yield name, value
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _held(f"{name}.{key}", item)
