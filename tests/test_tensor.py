@@ -1,3 +1,5 @@
+import copy
+import pickle
 import subprocess
 import sys
 import threading
@@ -290,6 +292,25 @@ def test_the_gradient_of_a_scaled_scalar_reaches_backward_as_an_array():
     total = apply(lambda x: (np.asarray(x.sum()), x.shape), check, x)
     (total * 0.5 + total / 4).backward()
     np.testing.assert_array_equal(x.grad, 0.75)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_deep_copy_and_a_pickle_hold_the_values_and_not_how_they_were_made(again):
+    x = leaf(*np.ones(1000))
+    x.grad = np.ones(1000)
+    y = nf.exp(add(x, x) * 1e-3)
+    assert len(pickle.dumps(y)) < 10_000
+    x_too, y_too = again((x, y))
+    for tensor, twin in ((x, x_too), (y, y_too)):
+        assert np.array_equal(twin.data, tensor.data) and not np.shares_memory(twin.data, tensor.data)
+    assert np.array_equal(x_too.grad, x.grad) and x_too.requires_grad and not y_too.requires_grad
+    multiply(x_too, y_too).backward(x.data)
+    np.testing.assert_array_equal(x_too.grad, x.grad + y.data)
+    deep = x
+    for _ in range(2000):
+        deep = add(deep, x)
+    np.testing.assert_array_equal(again(deep).data, deep.data)
+    assert copy.copy(y).requires_grad
 
 
 def test_walks_in_several_threads_add_to_one_leaf():
