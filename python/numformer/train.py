@@ -26,7 +26,7 @@ class AdamW:
 
     Parameters
     ----------
-    params : iterable of Tensor
+    params : iterable of Tensor, or one
     lr : float
         May be changed between steps.
     betas : (float, float)
@@ -34,12 +34,15 @@ class AdamW:
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1):
-        self.params = list(params)
+        self.params = [params] if type(params) is Tensor else list(params)
         if not self.params:
             raise ValueError("AdamW: no parameters")
         for p in self.params:
             if type(p) is not Tensor:
                 raise TypeError(f"AdamW: params must be Tensors, got {type(p).__name__}; give model.parameters()")
+            if p.is_made:
+                raise ValueError(f"AdamW: a Tensor of shape {p.shape} was computed by an op, and gets no gradient "
+                                 "of its own: give the Tensors that it was computed from")
         if len(set(map(id, self.params))) < len(self.params):
             raise ValueError("AdamW: a parameter is given twice and would be updated twice in a step")
         if not all(0 <= b < 1 for b in betas):
@@ -128,7 +131,7 @@ def clip_grad_norm(params, max_norm):
 
     Parameters
     ----------
-    params : iterable of Tensor
+    params : iterable of Tensor, or one
         Those without a gradient are passed over; ``grad`` of the others is a new array where the norm is too large.
     max_norm : float
 
@@ -137,7 +140,7 @@ def clip_grad_norm(params, max_norm):
     float
         The Euclidean norm of all gradients together, before.
     """
-    params = list(params)
+    params = [params] if type(params) is Tensor else list(params)
     norm = global_norm([p.grad for p in params if p.grad is not None])
     factor = _clip_factor(norm, max_norm)
     if factor < 1:

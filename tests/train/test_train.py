@@ -101,6 +101,18 @@ def test_clip_returns_the_norm_before_and_leaves_small_gradients_alone():
     assert train.clip_grad_norm(params, 0.1) == pytest.approx(0.1, rel=1e-4)
 
 
+def test_one_parameter_is_taken_as_a_list_of_one_and_what_an_op_made_is_refused():
+    p = Tensor(np.ones((3, 2)), requires_grad=True)
+    p.grad = np.full((3, 2), 6**-0.5)
+    assert train.clip_grad_norm(p, 0.5) == pytest.approx(1) and np.linalg.norm(p.grad) == pytest.approx(0.5)
+    optimizer = train.AdamW(p, 0.1)
+    optimizer.step()
+    assert optimizer.params == [p] and (p.data < 1).all()
+    for made in (p * 2.0, p[0], p.detach()):
+        with pytest.raises(ValueError, match=r"AdamW: a Tensor of shape .* was computed by an op"):
+            train.AdamW([made], 0.1)
+
+
 def test_zero_grad_and_bad_arguments():
     x = leaf(3, rng=np.random.default_rng(0))
     optimizer = train.AdamW([x], 0.1)
