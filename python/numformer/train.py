@@ -253,7 +253,9 @@ class Trainer:
             self.optimizer.lr = self.schedule(step)
         self.optimizer.zero_grad()          # what a step that was interrupted left
         for _ in range(self.accumulate):
-            batch = next(self.batches)
+            batch = next(self.batches, None)
+            if batch is None:
+                raise ValueError(f"Trainer: the batches ended in step {step}, counted from 0, of {self.steps}")
             loss = self.model.loss(*batch)
             total += loss.item() / self.accumulate
             tokens += np.size(batch[0])

@@ -170,6 +170,14 @@ def test_a_loop_learns_and_reports(tmp_path):
     assert last["loss"] < seen[0][1]["loss"]
 
 
+def test_batches_that_end_before_the_steps_are_named(tmp_path):
+    loop = trainer(tmp_path)
+    loop.batches = iter([next(loop.batches) for _ in range(3)])
+    with pytest.raises(ValueError, match="the batches ended in step 3, counted from 0, of 12"):
+        loop.run()
+    assert loop.done == 3
+
+
 def test_accumulated_batches_are_averaged(tmp_path):
     one, two = trainer(tmp_path), trainer(tmp_path, accumulate=2)
     Quiet = type("Quiet", (), {"standard_normal": lambda self, shape: np.zeros(shape)})
