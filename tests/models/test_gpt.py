@@ -84,6 +84,7 @@ def test_greedy_generation_takes_the_largest_logit_of_the_full_forward(options):
     text = model.generate([3, 1, 4, 1], 9, temperature=0)
     logits = model.as_arrays()(np.array([text]))
     assert text[4:] == logits[0, 3:-1].argmax(-1).tolist()
+    assert model.generate(nf.Tensor(np.array([[3, 1, 4, 1]])), 9, temperature=0) == [text]
 
 
 @every_shape

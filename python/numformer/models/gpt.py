@@ -322,6 +322,7 @@ class GPT(Module, Pretrained):
             raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
+        ids = ids.data if type(ids) is Tensor else ids
         single = len(ids) > 0 and np.ndim(ids[0]) == 0
         rows = [[operator.index(i) for i in row] for row in ([ids] if single else ids)]
         if not rows:
