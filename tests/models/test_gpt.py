@@ -137,6 +137,14 @@ def test_ignored_targets_change_nothing():
     np.testing.assert_allclose(model.loss(ids[:, :-1], targets).item(), model.loss(ids[:, :5], ids[:, 1:6]).item())
 
 
+def test_a_config_is_given_by_position_in_the_order_of_the_public_surface():
+    names = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_expert", "top_k",
+             "position", "dropout")
+    values = 30, 16, 2, 4, 32, 2, 8, 3, "learned", 0.1
+    config = nf.models.GPTConfig(*values)
+    assert tuple(getattr(config, name) for name in names) == values
+
+
 def test_residual_projections_are_small_as_the_init_says():
     for init, std in (("gpt2", 0.02), ("xavier", np.sqrt(2 / 512))):
         model = nf.models.GPT(nf.models.GPTConfig(1000, 8, 4, 4, 256, init=init), rng=np.random.default_rng(0))

@@ -38,12 +38,6 @@ class GPTConfig:
     n_layer, n_head, n_embd : int
     n_kv_head : int, optional
         Heads of keys and values (grouped queries); n_head where None.
-    layer_heads : list of (n_head, n_kv_head), optional
-        Heads of each layer where they differ (after pruning); the size of a head stays n_embd / n_head.
-    alibi_heads : list of lists of int, optional
-        With position "alibi" and `layer_heads`: which of the n_head heads each layer has, as each has its own slope.
-    n_inner : int, optional
-        Hidden features that a token passes in each feed-forward layer: 3 n_embd (swiglu) or 4 n_embd (gelu) where None.
     n_expert : int
         0: dense. Otherwise each feed-forward layer has so many SwiGLU experts of n_inner / top_k features, so that a
         token passes through as many parameters as in the dense model.
@@ -52,10 +46,16 @@ class GPTConfig:
     position : {"rotary", "learned", "alibi"}
         Rotary turns of queries and keys, an embedding of each position, or scores that fall with distance
         (Press et al. 2022).
-    window : int, optional
-        A token sees itself and the window - 1 tokens before it; all where None.
     dropout : float
         Of the embedding, the attention weights and what the layers add, in training mode.
+    n_inner : int, optional
+        Hidden features that a token passes in each feed-forward layer: 3 n_embd (swiglu) or 4 n_embd (gelu) where None.
+    layer_heads : list of (n_head, n_kv_head), optional
+        Heads of each layer where they differ (after pruning); the size of a head stays n_embd / n_head.
+    alibi_heads : list of lists of int, optional
+        With position "alibi" and `layer_heads`: which of the n_head heads each layer has, as each has its own slope.
+    window : int, optional
+        A token sees itself and the window - 1 tokens before it; all where None.
     norm : {"rms", "layer"}
     activation : {"swiglu", "gelu", "gelu_tanh"}
     bias : bool
@@ -77,12 +77,12 @@ class GPTConfig:
     n_head: int
     n_embd: int
     n_kv_head: int | None = None
-    layer_heads: list | None = None
-    n_inner: int | None = None
     n_expert: int = 0
     top_k: int = 2
     position: str = "rotary"
     dropout: float = 0.0
+    n_inner: int | None = None
+    layer_heads: list | None = None
     norm: str = "rms"
     activation: str = "swiglu"
     bias: bool = False
