@@ -1,4 +1,4 @@
-"""What has ``__array__`` or DLPack is taken for an array, wherever one may be given."""
+"""What has ``__array__`` or DLPack is taken for an array, an integer of NumPy for one, wherever one may be given."""
 import numpy as np
 import pytest
 
@@ -82,3 +82,17 @@ def test_the_result_is_that_of_arrays(name, kind):
             got = op(*map(kind, inputs))
         for x, y in zip(*(r if type(r) is tuple else (r,) for r in (got, op(*inputs))), strict=True):
             assert type(x) in (np.ndarray, np.float32, float) and (x == y).all()
+
+
+NUMBERS = {
+    "route": lambda n: nf.moe.route(np.eye(4), n(2), num_groups=n(2), top_groups=n(1), capacity=n(3)).weight,
+    "route_expert_choice": lambda n: nf.moe.route_expert_choice(np.eye(4), n(2)).weight,
+    "rotary_embedding": lambda n: nf.rotary_embedding(np.eye(4), np.ones((4, 1)), np.zeros((4, 1)), rotary_dim=n(2)),
+    "attention": lambda n: nf.scaled_dot_product_attention(*np.ones((3, 1, 2, 4, 3)), window_size=(n(1), n(0))),
+}
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_integer_of_numpy_is_an_integer(name, kind):
+    np.testing.assert_array_equal(NUMBERS[name](kind), NUMBERS[name](int))

@@ -302,10 +302,19 @@ def test_no_token_at_all():
     (dict(top_k=2, token_mask=np.ones(3)), TypeError, "token_mask"),
     (dict(top_k=2, token_mask=np.ones(2, bool)), ValueError, "token_mask"),
     (dict(top_k=2, capacity=-1), ValueError, "capacity"),
+    (dict(top_k=2.0), TypeError, "route: top_k must be an integer, got 2.0"),
+    (dict(top_k=2, capacity=1.5), TypeError, "route: capacity must be an integer, got 1.5"),
 ])
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         moe.route(np.zeros((3, 4)), **options)
+
+
+def test_errors_of_expert_choice_say_its_name():
+    with pytest.raises(TypeError, match="route_expert_choice: capacity must be an integer"):
+        moe.route_expert_choice(np.zeros((3, 4)), 1.5)
+    with pytest.raises(ValueError, match=r"route_expert_choice: token_mask must have shape \(3,\), got \(2,\)"):
+        moe.route_expert_choice(np.zeros((3, 4)), 1, token_mask=np.ones(2, bool))
 
 
 def test_bad_arrays_are_named():

@@ -115,6 +115,8 @@ def test_bad_inputs_are_named():
     for bad in (3, 10, -2):
         with pytest.raises(ValueError, match="rotary_dim must be even"):
             nf.rotary_embedding(x, cos, sin, rotary_dim=bad)
+    with pytest.raises(TypeError, match="rotary_dim must be an integer"):
+        nf.rotary_embedding(x, cos, sin, rotary_dim=4.0)
     with pytest.raises(ValueError, match="x must have shape"):
         nf.rotary_embedding(x[None], cos, sin)
     with pytest.raises(TypeError, match="cos must be float64"):

@@ -1,5 +1,6 @@
 """What every op does with what it is given."""
 import math
+import operator
 
 import numpy as np
 
@@ -30,6 +31,14 @@ def as_floats(x, op, name):
         raise TypeError(f"{op}: {name} must be float32 or float64, got {x.dtype}; "
                         f"convert it with .astype(numpy.float32)")
     return x
+
+
+def as_integer(x, op, name):
+    """`x`, an integer of Python or NumPy, as an int. TypeError for anything else, a whole float too."""
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, got {x!r}") from None
 
 
 def same_dtype(op, **arrays):

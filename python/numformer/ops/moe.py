@@ -9,7 +9,7 @@ A token t has top_k slots. The slots that are not dropped, sorted by expert and 
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_floats, same_dtype
+from numformer.ops.arguments import as_array, as_floats, as_integer, same_dtype
 from numformer.tensor import apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
@@ -75,13 +75,21 @@ def _token_mask(token_mask, op):
     return mask
 
 
+def _check_mask(mask, tokens, op):
+    if mask is not None and mask.shape != (tokens,):
+        raise ValueError(f"{op}: token_mask must have shape ({tokens},), got {mask.shape}")
+
+
 def route_forward(logits, top_k, *, score="softmax", normalize=True, bias=None, num_groups=1, top_groups=1, scale=1.0,
                   capacity=None, token_mask=None, parts=None):
     """Return ``((weight, probabilities), saved)``. `parts`, a list, is given expert_index and the sorted order."""
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f'route: score must be "softmax" or "sigmoid", got {score!r}')
     logits = as_floats(logits, "route", "logits")
-    options = (top_k, num_groups, top_groups, score == "sigmoid", normalize, scale)
+    options = (as_integer(top_k, "route", "top_k"), as_integer(num_groups, "route", "num_groups"),
+               as_integer(top_groups, "route", "top_groups"), score == "sigmoid", normalize, scale)
+    if capacity is not None:
+        capacity = as_integer(capacity, "route", "capacity")
     if bias is not None:
         bias = as_floats(bias, "route", "bias")
     weight, probabilities, expert_index, order = _core.moe_route(logits, *options, bias, token_mask, capacity)
@@ -152,12 +160,14 @@ def route_expert_choice_forward(logits, capacity, *, token_mask=None, parts=None
     logits = as_floats(logits, op, "logits")
     if logits.ndim != 2:
         raise ValueError(f"{op}: logits must have 2 dimensions, got shape {logits.shape}")
+    capacity = as_integer(capacity, op, "capacity")
     if capacity < 0:
         raise ValueError(f"{op}: capacity must be 0 or more, got {capacity}")
     tokens, experts = logits.shape
     options = (experts, 1, 1, False, False, 1.0)
     if experts == 0:
         raise ValueError(f"{op}: logits must have at least one expert, got shape {logits.shape}")
+    _check_mask(token_mask, tokens, op)
     _, probabilities, _, _ = _core.moe_route(logits, *options, None, token_mask, None)
     wish = probabilities.copy()
     if token_mask is not None:
@@ -418,6 +428,7 @@ def router_z_loss_forward(logits, *, token_mask=None):
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"router_z_loss: logits must have shape (T, E) with E > 0, got {logits.shape}")
     tokens = len(logits)
+    _check_mask(token_mask, tokens, "router_z_loss")
     with np.errstate(all="ignore"):
         most = logits.max(1, keepdims=True)
         most[~np.isfinite(most)] = 0
@@ -425,8 +436,6 @@ def router_z_loss_forward(logits, *, token_mask=None):
         sums = powers.sum(1, keepdims=True)
         lse = most + np.log(sums)
         if token_mask is not None:
-            if token_mask.shape != (tokens,):
-                raise ValueError(f"router_z_loss: token_mask must have shape ({tokens},), got {token_mask.shape}")
             tokens = int(np.count_nonzero(token_mask))
             lse = np.where(token_mask[:, None], lse, logits.dtype.type(0))
         loss = np.asarray(np.square(lse).sum() / logits.dtype.type(max(tokens, 1)))

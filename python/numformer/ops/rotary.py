@@ -2,7 +2,7 @@
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array
+from numformer.ops.arguments import as_array, as_integer
 from numformer.tensor import apply
 
 __all__ = ["rotary_embedding", "rotary_embedding_backward", "rotary_embedding_forward"]
@@ -15,8 +15,7 @@ def rotary_embedding_forward(x, cos, sin, interleaved=False, rotary_dim=None, ou
     if type(cos) is not ndarray or type(sin) is not ndarray:
         cos, sin = as_array(cos, "rotary_embedding", "cos"), as_array(sin, "rotary_embedding", "sin")
     if x.ndim and cos.ndim and sin.ndim:
-        if rotary_dim is None:
-            rotary_dim = x.shape[-1]
+        rotary_dim = x.shape[-1] if rotary_dim is None else as_integer(rotary_dim, "rotary_embedding", "rotary_dim")
         if rotary_dim and cos.shape[-1] == rotary_dim:
             cos = cos[..., ::2] if interleaved else cos[..., : rotary_dim // 2]
         if rotary_dim and sin.shape[-1] == rotary_dim:
