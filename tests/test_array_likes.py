@@ -88,6 +88,8 @@ NUMBERS = {
     "route": lambda n: nf.moe.route(np.eye(4), n(2), num_groups=n(2), top_groups=n(1), capacity=n(3)).weight,
     "route_expert_choice": lambda n: nf.moe.route_expert_choice(np.eye(4), n(2)).weight,
     "rotary_embedding": lambda n: nf.rotary_embedding(np.eye(4), np.ones((4, 1)), np.zeros((4, 1)), rotary_dim=n(2)),
+    "quant.linear": lambda n: nf.quant.linear(np.ones((2, 8), np.float32),
+                                              nf.quant.quantize(np.eye(8), nf.quant.QuantSpec(n(8), n(4), False))),
     "attention": lambda n: nf.scaled_dot_product_attention(*np.ones((3, 1, 2, 4, 3)), window_size=(n(1), n(0))),
 }
 

@@ -39,6 +39,8 @@ class QuantSpec:
             raise ValueError(f"QuantSpec: group_size must be a positive integer or None, got {size!r}")
         if self.scale_dtype not in _SCALES:
             raise ValueError(f'QuantSpec: scale_dtype must be "float16" or "float32", got {self.scale_dtype!r}')
+        object.__setattr__(self, "bits", int(self.bits))        # one of NumPy's would overflow in 2**bits
+        object.__setattr__(self, "group_size", None if size is None else int(size))
 
 
 class QuantizedWeight:
