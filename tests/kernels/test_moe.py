@@ -336,6 +336,15 @@ def test_bad_arrays_are_named():
         moe.dispatch(np.zeros((3, 5)), r)
 
 
+def test_what_is_no_routing_is_refused_by_name():
+    x = np.zeros((3, 4))
+    for name, call in (("dispatch", lambda: moe.dispatch(x, x)), ("combine", lambda: moe.combine(x, None)),
+                       ("mlp", lambda: moe.mlp(x, x, np.zeros((4, 2, 4)), np.zeros((4, 4, 1)))),
+                       ("load_balancing_loss", lambda: moe.load_balancing_loss(x))):
+        with pytest.raises(TypeError, match=f"{name}: routing must be a Routing, as route gives it, got "):
+            call()
+
+
 def test_a_token_without_experts_has_no_weight_and_no_gradient():
     logits = nf.Tensor(np.array([[-np.inf, -np.inf], [0, 1]]), requires_grad=True)
     routing = moe.route(logits, 2)

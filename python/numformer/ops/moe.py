@@ -66,6 +66,11 @@ class Routing:
         return f"Routing({tokens} tokens, top {k} of {len(self.counts)} experts, {len(self.source)} rows)"
 
 
+def _check_routing(routing, op):
+    if type(routing) is not Routing:
+        raise TypeError(f"{op}: routing must be a Routing, as route gives it, got {type(routing).__name__}")
+
+
 def _token_mask(token_mask, op):
     if token_mask is None:
         return None
@@ -252,10 +257,11 @@ def dispatch(x, routing):
     Raises
     ------
     TypeError
-        If `x` is not float32 or float64.
+        If `x` is not float32 or float64, or `routing` no Routing.
     ValueError
         If `x` has not the tokens of `routing`.
     """
+    _check_routing(routing, "dispatch")
     return apply(dispatch_forward, dispatch_backward, x, routing=routing)
 
 
@@ -290,10 +296,11 @@ def combine(y, routing):
     Raises
     ------
     TypeError
-        If `y` is not float32 or float64, or of another dtype than ``routing.weight``.
+        If `y` is not float32 or float64, or of another dtype than ``routing.weight``, or `routing` no Routing.
     ValueError
         If `y` has not the rows of `routing`.
     """
+    _check_routing(routing, "combine")
     return apply(combine_forward, combine_backward, y, routing.weight, routing=routing)
 
 
@@ -356,10 +363,11 @@ def mlp(x, routing, gate_up, down, *, activation="swiglu"):
     Raises
     ------
     TypeError
-        If an array is not float32 or float64, or the dtypes differ.
+        If an array is not float32 or float64, or the dtypes differ, or `routing` is no Routing.
     ValueError
         If a shape does not fit, or the activation is another.
     """
+    _check_routing(routing, "mlp")
     return apply(mlp_forward, mlp_backward, x, routing.weight, gate_up, down, routing=routing, activation=activation)
 
 
@@ -414,9 +422,12 @@ def load_balancing_loss(routing, *, form="switch"):
 
     Raises
     ------
+    TypeError
+        If `routing` is no Routing: it wants more than the router's logits.
     ValueError
         If `form` is another.
     """
+    _check_routing(routing, "load_balancing_loss")
     return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing.probabilities,
                  chosen=routing.chosen, top_k=routing.row.shape[1], tokens=routing.tokens, form=form,
                  score=routing.score)
