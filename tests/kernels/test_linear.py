@@ -256,6 +256,13 @@ def test_bad_arguments_are_named():
         nf.linear(x, w, out=np.empty((5, 3)).T)
 
 
+def test_offsets_may_be_integers_of_any_kind():
+    x, w = normal(6, 4), normal(2, 5, 4)
+    want = nf.grouped_linear(x, w, np.array([0, 2, 6]))
+    for dtype in (np.int32, np.uint16, ">i8"):
+        assert (nf.grouped_linear(x, w, np.array([0, 2, 6], dtype)) == want).all()
+
+
 def test_bad_groups_are_named():
     x, w = normal(6, 4), normal(2, 5, 4)
     for offsets in ([0, 3, 5], [1, 3, 6], [0, 7, 6], [0, -1, 6]):

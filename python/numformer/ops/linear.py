@@ -101,7 +101,7 @@ def grouped_linear_forward(x, weight, offsets, bias=None):
     """Return ``(y, saved)``; `saved` is what :func:`grouped_linear_backward` needs."""
     x, weight = as_floats(x, "grouped_linear", "x"), as_floats(weight, "grouped_linear", "weight")
     offsets, bias = as_arrays("grouped_linear", offsets=offsets, bias=bias)
-    offsets = np.ascontiguousarray(offsets)
+    offsets = np.ascontiguousarray(offsets, np.int64 if offsets.dtype.kind in "iu" else None)
     return _core.grouped_linear(x, weight, offsets, bias, False), (x, weight, offsets, bias is not None)
 
 
@@ -123,7 +123,7 @@ def grouped_linear(x, weight, offsets, bias=None):
     x : array_like or Tensor, float32 or float64, shape (T, K)
         Sorted by group: rows ``offsets[e]:offsets[e + 1]`` belong to group e.
     weight : array_like or Tensor, shape (E, N, K), of the same dtype
-    offsets : array_like of int64, shape (E + 1,)
+    offsets : array_like of integers, shape (E + 1,)
         Ascends from 0 to T; a group may be empty.
     bias : array_like or Tensor, shape (E, N), optional
 
