@@ -1,4 +1,5 @@
 """MultiHeadAttention with windows, ALiBi or rotary positions, its caches, and maps of its weights."""
+import copy
 import tracemalloc
 
 import numpy as np
@@ -52,6 +53,20 @@ def test_a_step_from_any_cache_has_the_bits_of_the_full_forward(form):
                 assert (y == whole[:, done:done + count]).all(), (type(cache).__name__, done)
                 done += count
             assert done == S == cache.length
+
+
+def test_a_step_from_any_cache_needs_no_no_grad_and_carries_no_gradient():
+    attentions, x = layers("window"), stream(2, 6)
+    for dtype in (np.float32, np.float16):
+        for cache in (KVCache(attentions, 2, S, dtype), RollingKVCache(attentions, 2, dtype),
+                      PagedKVCache(attentions, 2, 40, block_size=8, dtype=dtype)):
+            with nf.no_grad():
+                want = attentions[0](nf.Tensor(x), cache=copy.deepcopy(cache)).data
+            leaf = nf.Tensor(x, requires_grad=True)
+            y = attentions[0](leaf, cache=cache)
+            assert (y.data == want).all()
+            y.sum().backward()
+            assert leaf.grad is None and attentions[0].out.grad is not None
 
 
 @pytest.mark.parametrize("form", WINDOWS)
@@ -256,6 +271,8 @@ def test_combinations_that_mean_nothing_are_refused():
     (dropping,) = layers("window", dropout=0.5)
     with pytest.raises(ValueError, match="call eval"):
         dropping(x, cache=RollingKVCache([dropping], 2))
+    with pytest.raises(ValueError, match="call eval"):
+        dropping(x, cache=KVCache([dropping], 2, S))
     with pytest.raises(ValueError, match="heads must be integers below 4"):
         plain.maps(x, heads=4)
     with pytest.raises(ValueError, match="rows must be integers below 150"):

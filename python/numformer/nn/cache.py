@@ -60,10 +60,9 @@ class KVCache:
 
     def attend(self, layer, query, key, value, *, dropout_p=0.0, rng=None, **keywords):
         """Attend to all of `layer` so far and to `key` and `value` (B, Hkv, S, D), which are put behind it."""
-        if self.keys[layer].dtype == query.dtype:
-            return nf.scaled_dot_product_attention(query, *self.extend(layer, key, value), dropout_p=dropout_p, rng=rng,
-                                                   **keywords)
         query, key, value = _arrays(query, key, value, dropout_p, rng)
+        if self.keys[layer].dtype == query.dtype:
+            return nf.scaled_dot_product_attention(query, *self.extend(layer, key, value), **keywords)
         keys, values = (x.swapaxes(1, 2) for x in self.extend(layer, key, value))       # a block for each sequence
         batch, length = keys.shape[:2]
         return nf.paged_attention(query, keys, values, np.arange(batch)[:, None], np.full(batch, length), **keywords)
