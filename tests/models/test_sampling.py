@@ -100,6 +100,11 @@ def test_bad_requests_are_refused(ids, options, message):
         gpt().generate(ids, **{"max_new_tokens": 3, **options})
 
 
+def test_a_seed_in_place_of_a_generator_is_refused():
+    with pytest.raises(TypeError, match=r"generate: rng must be a numpy\.random\.Generator, got int; make one with"):
+        gpt().generate([1], 3, rng=0)
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
 def test_nothing_is_drawn_from_nan(options):
     logits = np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 2.0]])

@@ -112,6 +112,12 @@ def test_xavier_uniform_fills_its_bound():
     assert weight.dtype == np.float32 and 0.99 * bound < np.abs(weight).max() <= bound
 
 
+def test_a_seed_in_place_of_a_generator_is_refused():
+    for make in (lambda: nn.Linear(3, 2, rng=0), lambda: nn.init.normal(None, 3, 2)):
+        with pytest.raises(TypeError, match=r"rng must be a numpy\.random\.Generator, got .*; make one with"):
+            make()
+
+
 def test_heads_that_do_not_divide_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match="multiple of n_head"):

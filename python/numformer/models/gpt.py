@@ -21,6 +21,7 @@ from numformer.models.pretrained import Pretrained
 from numformer.models.sampling import check_options, sample
 from numformer.nn import MLP, Dropout, Embedding, KVCache, LayerNorm, Module, MultiHeadAttention, RMSNorm, rotary_tables
 from numformer.nn.layers import project
+from numformer.ops.arguments import need_generator
 from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor, is_recording, unrecorded
 
@@ -315,11 +316,13 @@ class GPT(Module, Pretrained):
             For a prompt that is empty or does not fit block_size with its new tokens, ids out of range, options out
             of range, no rng.
         TypeError
-            For ids that are no integers.
+            For ids that are no integers, or another rng.
         """
         check_options(temperature, top_k, top_p, min_p)
-        if temperature > 0 and rng is None:
-            raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
+        if temperature > 0:
+            if rng is None:
+                raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
+            need_generator(rng, "generate")
         if max_new_tokens < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
         ids = ids.data if type(ids) is Tensor else ids

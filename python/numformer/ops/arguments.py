@@ -41,6 +41,16 @@ def as_integer(x, op, name):
         raise TypeError(f"{op}: {name} must be an integer, got {x!r}") from None
 
 
+def need_generator(rng, op, option=None):
+    """The bit generator of `rng`. TypeError unless that is a Generator, as `op` needs one (where `option` is not 0)."""
+    bits = getattr(rng, "bit_generator", None)
+    if bits is None:
+        where = f" where {option} is not 0" if option else ""
+        raise TypeError(f"{op}: rng must be a numpy.random.Generator{where}, got {type(rng).__name__}; make one with "
+                        "numpy.random.default_rng(seed)")
+    return bits
+
+
 def same_dtype(op, **arrays):
     """TypeError unless all the arrays (None is skipped) have one dtype."""
     dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}
