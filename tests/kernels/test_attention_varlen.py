@@ -31,9 +31,8 @@ def test_each_sequence_has_the_bits_of_a_call_of_its_own(q_lengths, k_lengths, f
     q, k, v = tokens(cu_q[-1], 4, 16), tokens(cu_k[-1], 2, 16), tokens(cu_k[-1], 2, 24, seed=1)
     slopes, sinks = nf.alibi_slopes(4), tokens(4)
     dout, dlse = tokens(cu_q[-1], 4, 24, seed=2), tokens(cu_q[-1], 4, seed=3)
-    (out, lse), saved = attention_varlen_forward(q, k, v, slopes, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k,
-                                                 return_lse=True, **features)
-    dq, dk, dv, dslopes, dsinks = attention_varlen_backward((dout, dlse), saved)
+    (out, lse), saved = attention_varlen_forward(q, k, v, cu_q, cu_k, slopes, sinks, return_lse=True, **features)
+    dq, dk, dv, _, _, dslopes, dsinks = attention_varlen_backward((dout, dlse), saved)
     assert out.shape == (cu_q[-1], 4, 24) and out.flags.c_contiguous and lse.shape == (cu_q[-1], 4)
     sums = np.zeros(4), np.zeros(4)
     for b in range(len(q_lengths)):
@@ -53,8 +52,8 @@ def test_slopes_of_each_sequence_and_float64():
     cu = starts([30, 100])
     q, k, v = (tokens(130, 2, 8, dtype=np.float64, seed=s) for s in range(3))
     slopes = np.random.default_rng(0).uniform(0, 1, (2, 2))
-    (out, _lse), saved = attention_varlen_forward(q, k, v, slopes, cu_seqlens_q=cu, cu_seqlens_k=cu, return_lse=True)
-    dslopes = attention_varlen_backward((tokens(130, 2, 8, seed=4).astype(float), None), saved)[3]
+    (out, _lse), saved = attention_varlen_forward(q, k, v, cu, cu, slopes, return_lse=True)
+    dslopes = attention_varlen_backward((tokens(130, 2, 8, seed=4).astype(float), None), saved)[5]
     dout = tokens(130, 2, 8, seed=4).astype(float)
     for b in range(2):
         i = slice(cu[b], cu[b + 1])
@@ -133,6 +132,8 @@ def test_wrong_packing_is_named_in_the_error():
             nf.attention_varlen(q, k, k, wrong, [0, 6])
     with pytest.raises(ValueError, match="one length"):
         nf.attention_varlen(q, k, k, [0, 2, 5], [0, 6])
+    with pytest.raises(TypeError, match="attention_varlen: kv_lengths is for padded keys"):
+        attention_varlen_forward(q, k, k, [0, 5], [0, 6], kv_lengths=[60])
     with pytest.raises(TypeError, match="cu_seqlens_k must be integers"):
         nf.attention_varlen(q, k, k, [0, 5], [0.0, 6.0])
     cache = np.zeros((4, 16, 2, 8), np.float32)

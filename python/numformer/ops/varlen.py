@@ -30,9 +30,11 @@ def _tokens(x):
     return x[0].swapaxes(0, 1)
 
 
-def attention_varlen_forward(query, key, value, alibi_slopes=None, sinks=None, *, cu_seqlens_q, cu_seqlens_k,
+def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, *,
                              return_lse=False, out=None, **keywords):
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
+    if "kv_lengths" in keywords:
+        raise TypeError("attention_varlen: kv_lengths is for padded keys; how many a sequence has, cu_seqlens_k says")
     query, key, value = (_heads(x, "attention_varlen", name) for x, name in
                          ((query, "query"), (key, "key"), (value, "value")))
     cu_seqlens_q, cu_seqlens_k = as_arrays("attention_varlen", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
@@ -44,13 +46,13 @@ def attention_varlen_forward(query, key, value, alibi_slopes=None, sinks=None, *
 
 
 def attention_varlen_backward(dy, saved):
-    """Return the gradients with respect to query, key, value, alibi_slopes and sinks; None where not wanted."""
+    """Return the gradients with respect to query, key, value, None twice, and those of alibi_slopes and sinks."""
     saved, return_lse = saved
     dout, dlse = dy if return_lse else (dy, None)
     dout = None if dout is None else _heads(dout, "attention_varlen", "the gradient of out")
     dlse = None if dlse is None else dlse.T[None]
     dq, dk, dv, _, dslopes, dsinks = attention.scaled_dot_product_attention_backward((dout, dlse), saved)
-    return _tokens(dq), _tokens(dk), _tokens(dv), dslopes, dsinks
+    return _tokens(dq), _tokens(dk), _tokens(dv), None, None, dslopes, dsinks
 
 
 def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p=0.0, is_causal=False, scale=None,
@@ -93,10 +95,9 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
     """
     sides = {"slopes": alibi_slopes, "sinks": sinks}
     wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
-    return apply(attention_varlen_forward, attention_varlen_backward, query, key, value, alibi_slopes, sinks,
-                 cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, dropout_p=dropout_p, is_causal=is_causal,
-                 scale=scale, causal_align=causal_align, window_size=window_size, softcap=softcap, rng=rng,
-                 return_lse=return_lse, out=out, gradients=wanted)
+    return apply(attention_varlen_forward, attention_varlen_backward, query, key, value, cu_seqlens_q, cu_seqlens_k,
+                 alibi_slopes, sinks, dropout_p=dropout_p, is_causal=is_causal, scale=scale, causal_align=causal_align,
+                 window_size=window_size, softcap=softcap, rng=rng, return_lse=return_lse, out=out, gradients=wanted)
 
 
 def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=True,
