@@ -224,10 +224,10 @@ def test_a_short_cache_gives_the_bits_of_its_numbers_in_one_piece(queries, size,
     lengths = np.array([290, 100, 129])
     key_cache, value_cache, table = paged(k, v, lengths, size)
     for dtype in (np.float32, *SHORT):
-        for features in ({}, {"window_size": (50, 0), "softcap": 3.0}):
+        for features in ({"is_causal": True}, {"window_size": (50, 0), "softcap": 3.0}):
             step = q.astype(dtype)
             out, lse = nf.paged_attention(step, key_cache, value_cache, table, lengths, return_lse=True, **features)
-            want, want_lse = sdpa(*wide(step, k, v), kv_lengths=lengths, return_lse=True, is_causal=True, **features)
+            want, want_lse = sdpa(*wide(step, k, v), kv_lengths=lengths, return_lse=True, **features)
             assert same(out, want.astype(dtype)) and same(lse, want_lse)
 
 
@@ -280,7 +280,7 @@ def test_an_int8_cache_is_its_integers_times_the_scale_of_the_token(size, dim, v
     cu = starts([1, 31, 0, 40])
     q = tokens(cu[-1], 4, dim)
     floats = dequantized(arguments, scales)
-    for features in ({}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
+    for features in ({"is_causal": True}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
                      {"sinks": tokens(4)}):
         out, lse = nf.paged_attention(q, *arguments, cu_seqlens_q=cu, return_lse=True, **scales, **features)
         want, want_lse = nf.paged_attention(q, *floats, cu_seqlens_q=cu, return_lse=True, **features)
@@ -334,7 +334,7 @@ def test_a_scale_of_zero_and_one_that_is_not_a_number():
     for queries in (1, 60):
         q = tokens(2, 4, queries, 32)
         zeros = {name: np.zeros_like(s) for name, s in scales.items()}
-        out, lse = nf.paged_attention(q, *caches, table, lengths, return_lse=True, **zeros)
+        out, lse = nf.paged_attention(q, *caches, table, lengths, is_causal=True, return_lse=True, **zeros)
         keys = lengths[:, None] - queries + 1 + np.arange(queries)
         assert (out == 0).all()
         np.testing.assert_allclose(lse, np.broadcast_to(np.log(keys)[:, None], lse.shape), rtol=1e-6)

@@ -102,10 +102,10 @@ def test_a_cache_in_blocks_gives_the_bits_of_one_piece(queries, size):
     q, k, v = arrays(4, 2, queries, 290, 16, 8, batch=3)
     lengths = np.array([290, 100, 129])
     key_cache, value_cache, table = paged(k, v, lengths, size)
-    for features in ({}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
-                     {"is_causal": False, "sinks": tokens(4)}):
+    for features in ({"is_causal": True}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
+                     {"sinks": tokens(4)}):
         out, lse = nf.paged_attention(q, key_cache, value_cache, table, lengths, return_lse=True, **features)
-        want = sdpa(q, k, v, kv_lengths=lengths, return_lse=True, **{"is_causal": True, **features})
+        want = sdpa(q, k, v, kv_lengths=lengths, return_lse=True, **features)
         assert (out == want[0]).all() and (lse == want[1]).all()
 
 
@@ -116,7 +116,8 @@ def test_steps_and_pieces_of_prompts_mix_in_one_call(dim):
     cu = starts(counts)
     q = tokens(cu[-1], 4, dim)
     key_cache, value_cache, table = paged(k, v, lengths, 16)
-    out, lse = nf.paged_attention(q, key_cache, value_cache, table, lengths, cu_seqlens_q=cu, return_lse=True)
+    out, lse = nf.paged_attention(q, key_cache, value_cache, table, lengths, cu_seqlens_q=cu, is_causal=True,
+                                  return_lse=True)
     for b, n in enumerate(lengths):
         i = slice(cu[b], cu[b + 1])
         one, one_lse = sdpa(heads(q[i]), k[b:b + 1, :, :n], v[b:b + 1, :, :n], is_causal=True, return_lse=True)

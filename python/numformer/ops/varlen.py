@@ -100,7 +100,7 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
                  window_size=window_size, softcap=softcap, rng=rng, return_lse=return_lse, out=out, gradients=wanted)
 
 
-def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=True,
+def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=False,
                     scale=None, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
                     sinks=None, key_scale=None, value_scale=None, return_lse=False, out=None):
     """Attend to keys and values that are cached in blocks (Kwon et al. 2023, arXiv:2309.06180); no gradient.
@@ -122,10 +122,9 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
         Tokens of each sequence in the cache. What stands in its blocks behind them is never read.
     cu_seqlens_q : int array, (B + 1,), optional
         Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, the same number or different ones.
-    is_causal : bool
-        True here, unlike elsewhere.
-    scale, causal_align, window_size, softcap, alibi_slopes, sinks
-        As in :func:`scaled_dot_product_attention`.
+    is_causal, scale, causal_align, window_size, softcap, alibi_slopes, sinks
+        As in :func:`scaled_dot_product_attention`: several queries of a sequence see each other's keys unless
+        `is_causal`; a single one is the last, and sees all.
     key_scale, value_scale : array_like, (blocks, block_size) or (blocks, block_size, Hkv), float32
         Of int8 caches, and of these alone: what the row of a token, or of one of its heads, is multiplied by. The
         kernel multiplies the score by the one and the weight by the other, so the result is that of the multiplied
