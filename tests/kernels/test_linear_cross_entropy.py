@@ -116,8 +116,12 @@ def test_bad_arguments_are_named():
         nf.linear_cross_entropy(h, w, t[:2])
     with pytest.raises(ValueError, match="reduction"):
         nf.linear_cross_entropy(h, w, t, reduction="max")
-    with pytest.raises(ValueError, match="targets"):
-        nf.linear_cross_entropy(h, w, np.array([0, 1, 5]))
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: targets must be within 0 \.\. 4, got 5 at position 2"):
+        nf.linear_cross_entropy(h, w, np.array([-100, 1, 5]))       # an ignored row counts
+    with pytest.raises(TypeError, match="linear_cross_entropy: targets must be an array of integers, got float64"):
+        nf.linear_cross_entropy(h, w, t.astype(float))
+    with pytest.raises(ValueError, match=r"linear_cross_entropy: label_smoothing must be within 0 \.\. 1, got 2"):
+        nf.linear_cross_entropy(h, w, t, label_smoothing=2)
     with pytest.raises(TypeError, match="must have the same dtype"):
         nf.linear_cross_entropy(h, w.astype("f"), t)
     with pytest.raises(TypeError, match="float32 or float64"):

@@ -38,6 +38,15 @@ def _kept(targets, ignore_index):
     return None if len(kept) == len(targets) else kept
 
 
+def _check_targets(targets, classes, ignore_index):
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"{_OP}: targets must be an array of integers, got {targets.dtype}")
+    outside = np.flatnonzero(((targets < 0) | (targets >= classes)) & (targets != ignore_index))
+    if outside.size:
+        raise ValueError(f"{_OP}: targets must be within 0 .. {classes - 1}, got {targets[outside[0]]} at position "
+                         f"{outside[0]} (counted through the flattened array)")
+
+
 def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
                                  reduction="mean", gradient=False):
     """Return ``(loss, saved)``; `saved` is what :func:`linear_cross_entropy_backward` needs.
@@ -55,7 +64,10 @@ def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, lab
         raise ValueError(f"{_OP}: targets must have shape {hidden.shape[:-1]}, got {targets.shape}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{_OP}: reduction must be "mean", "sum" or "none", got {reduction!r}')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{_OP}: label_smoothing must be within 0 .. 1, got {label_smoothing}")
     flat = targets.reshape(-1)
+    _check_targets(flat, len(weight), ignore_index)
     kept = _kept(flat, ignore_index)
     rows, flat = hidden.reshape(len(flat), hidden.shape[-1]), flat if kept is None else flat[kept]
     rows = rows if kept is None else rows[kept]
