@@ -251,6 +251,12 @@ def test_merged_parts_are_the_whole():
     assert (out.data == parts[0][0]).all() and (leaves[2].grad == 0).all() and (leaves[0].grad == 1).all()
     with pytest.raises(ValueError, match="merge_attention"):
         nf.merge_attention(out, lse[..., :-1], out, lse)
+    whole, sums = np.ones((1, 2, 3, 4)), np.ones((1, 2, 3))
+    for wrong in ((whole.astype(int), sums, whole.astype(int), sums), (whole, sums, whole.astype(np.float32), sums)):
+        with pytest.raises(TypeError, match="merge_attention: out_a and out_b must be floats of one dtype, got "):
+            nf.merge_attention(*wrong)
+    with pytest.raises(TypeError, match="merge_attention: lse_a and lse_b must be floats of one dtype, got "):
+        nf.merge_attention(whole, sums, whole, sums.astype(np.float32))
 
 
 def test_gradients_through_merged_parts_are_those_of_the_whole():

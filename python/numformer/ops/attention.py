@@ -7,7 +7,7 @@ import numpy as np
 
 from numformer import _core
 from numformer.ops.arguments import as_array, as_arrays
-from numformer.tensor import Tensor, apply, draw_key
+from numformer.tensor import Tensor, apply, draw_key, is_float
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
            "packed_attention_backward", "packed_attention_forward", "scaled_dot_product_attention",
@@ -239,6 +239,10 @@ def merge_attention_forward(out_a, lse_a, out_b, lse_b):
     if not out_a.shape == out_b.shape == (*lse_a.shape, *out_a.shape[-1:]) or lse_a.shape != lse_b.shape:
         raise ValueError("merge_attention: out_a and out_b must have one shape, and lse_a and lse_b that shape without "
                          f"its last axis, got {out_a.shape}, {lse_a.shape}, {out_b.shape}, {lse_b.shape}")
+    for name, x, other in (("out", out_a, out_b), ("lse", lse_a, lse_b)):
+        if not is_float(x.dtype) or x.dtype != other.dtype:
+            raise TypeError(f"merge_attention: {name}_a and {name}_b must be floats of one dtype, got {x.dtype} and "
+                            f"{other.dtype}; convert with .astype")
     dtype = out_a.dtype
     out_a, out_b = (x.astype(lse_a.dtype, copy=False) for x in (out_a, out_b))
     top = np.maximum(lse_a, lse_b)
@@ -286,6 +290,8 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
 
     Raises
     ------
+    TypeError
+        If out_a and out_b, or lse_a and lse_b, are not floats of one dtype.
     ValueError
         If the shapes do not fit together.
     """
