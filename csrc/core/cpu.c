@@ -4,6 +4,8 @@
 
 const char *const nf_isa_names[NF_ISA_COUNT] = {"baseline", "avx2", "avx512", "avx512vnni"};
 
+int nf_drops_prefetches;
+
 nf_isa
 nf_cpu_isa(void)
 {
@@ -12,6 +14,7 @@ nf_cpu_isa(void)
 #elif defined(__x86_64__)
     /* The builtins ask the operating system too (XGETBV). */
     __builtin_cpu_init();
+    nf_drops_prefetches = __builtin_cpu_is("amd");
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
                      && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")

@@ -12,6 +12,11 @@ nf_isa nf_cpu_isa(void);
 /* The one called `name`, or NF_ISA_COUNT where there is none of that name. */
 nf_isa nf_isa_of_name(const char *name);
 
+/* Whether a prefetch is dropped that finds all buffers for lines on the way taken, as AMD's
+   processors do, where Intel's let it wait. Then what a kernel asks for early it asks for again,
+   nearer to its use, and into L2 only, which has more buffers. Set by nf_cpu_isa(). */
+extern int nf_drops_prefetches;
+
 /* From here on to nf_denormals_as_before, which takes what this returns, results of this thread
    that would be denormal are 0: on many processors each costs some 150 cycles. Elsewhere than on
    x86 nothing changes. */
