@@ -141,6 +141,8 @@ typedef struct {
 typedef struct {
     size_t rows, columns; /* of a register tile: where a task may be cut */
     size_t block_rows;    /* of a task at most, a multiple of rows */
+    size_t shared_rows;   /* so many rows of a block of K stay in L2, all of them strips */
+    size_t depth;         /* of a block of K, at most */
     size_t itemsize;
     size_t scratch; /* bytes that a block needs */
     /* Few rows, where few_fits, and nothing is packed: columns n0 .. n1 - 1. */
@@ -148,9 +150,12 @@ typedef struct {
     void (*few)(const nf_gemm *p, size_t n0, size_t n1);
     /* Columns n0 .. n1 - 1 of B to `packed`. */
     void (*pack)(const nf_gemm *p, const nf_gemm_panels *packed, size_t n0, size_t n1);
-    /* C[m0:m1, n0:n1]; `packed` NULL: it packs B for itself. */
-    void (*block)(const nf_gemm *p, const nf_gemm_panels *packed, size_t m0, size_t m1,
-                  size_t n0, size_t n1, void *scratch);
+    /* Block i of K of all rows of A to `strips`, which takes so many bytes. */
+    size_t (*strips_bytes)(const nf_gemm *p);
+    void (*pack_all_rows)(const nf_gemm *p, void *strips, size_t i);
+    /* C[m0:m1, n0:n1]; `packed` NULL: it packs B for itself, `strips` NULL: A. */
+    void (*block)(const nf_gemm *p, const nf_gemm_panels *packed, const void *strips,
+                  size_t m0, size_t m1, size_t n0, size_t n1, void *scratch);
 } nf_gemm_kernels;
 
 #define NF_KERNELS_gemm(K) K(gemm, const nf_gemm_kernels)

@@ -3,8 +3,9 @@
    A product of many rows has its B packed first, by all threads, each panel once; then a task is
    a block of rows, which packs its own A and goes through all panels as they stream in from L3.
    A product whose rows are one block is cut by columns, and each task packs the panels it needs,
-   in L1. Few rows pack nothing. All products of a list share these two passes. The tasks are the
-   same for every number of threads. */
+   in L2; of a little more rows, and many columns, A is packed first, so that B, the larger by far,
+   need not go to memory and back. Few rows pack nothing. All products of a list share these two
+   passes. The tasks are the same for every number of threads. */
 #include "ops/gemm.h"
 
 #include "core/pool.h"
@@ -30,8 +31,9 @@ typedef struct {
     size_t n0, n1;
     size_t first, first_pack; /* numbers of its first tasks */
     size_t row_parts, column_parts, pack_parts;
-    nf_gemm_panels panels;
-    int few;
+    nf_gemm_panels panels; /* of B, packed for all tasks; no data: each packs its own */
+    char *strips;          /* of A, likewise */
+    int few, shares_rows;
 } piece;
 
 typedef struct {
@@ -74,6 +76,10 @@ pack(size_t index, void *pointer, void *scratch)
     (void)scratch;
     const gemm_work *const w = pointer;
     const piece *const c = piece_of(w, index, 1);
+    if (c->shares_rows) {
+        w->kernels->pack_all_rows(c->p, c->strips, index - c->first_pack);
+        return;
+    }
     const size_t n0 = c->n0 + (index - c->first_pack) * PACK_COLUMNS;
     w->kernels->pack(c->p, &c->panels, n0, nf_least(n0 + PACK_COLUMNS, c->n1));
 }
@@ -92,7 +98,7 @@ multiply(size_t index, void *pointer, void *scratch)
         kernels->few(c->p, n0, n1);
         return;
     }
-    kernels->block(c->p, c->pack_parts > 0 ? &c->panels : NULL,
+    kernels->block(c->p, c->panels.data ? &c->panels : NULL, c->strips,
                    boundary(c->p->m, kernels->rows, row, c->row_parts),
                    boundary(c->p->m, kernels->rows, row + 1, c->row_parts), n0, n1,
                    scratch);
@@ -106,9 +112,19 @@ is_packed(const nf_gemm_kernels *kernels, const nf_gemm *p)
     return p->m > kernels->block_rows && !kernels->few_fits(p);
 }
 
+/* Whether it is A that is packed first. */
+static int
+shares_rows(const nf_gemm_kernels *kernels, const nf_gemm *p)
+{
+    return is_packed(kernels, p) && p->m <= kernels->shared_rows && p->n >= 2 * p->m;
+}
+
 static size_t
 packed_bytes(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n)
 {
+    if (shares_rows(kernels, p)) {
+        return kernels->strips_bytes(p);
+    }
     return is_packed(kernels, p)
                ? nf_parts(n, kernels->columns) * kernels->columns * p->k * kernels->itemsize
                : 0;
@@ -125,6 +141,11 @@ cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size
             greatest(nf_parts(bytes, FEW_BYTES),
                      nf_least(nf_parts(bytes, LITTLE_BYTES), LITTLE_TASKS));
         c.column_parts = nf_least(tasks, nf_parts(n, kernels->columns));
+    }
+    else if (shares_rows(kernels, p)) {
+        c.shares_rows = 1;
+        c.column_parts = nf_least(wanted, nf_parts(n, NARROW));
+        c.pack_parts = nf_parts(p->k, kernels->depth);
     }
     else if (is_packed(kernels, p)) {
         c.row_parts = nf_parts(nf_parts(p->m, kernels->block_rows), EVEN) * EVEN;
@@ -172,7 +193,12 @@ run_wave(const nf_gemm_kernels *kernels, piece *pieces, size_t count)
     }
     size_t at = 0;
     for (size_t i = 0; i < count; i++) {
-        pieces[i].panels.data = packed + at;
+        if (pieces[i].shares_rows) {
+            pieces[i].strips = packed + at;
+        }
+        else if (pieces[i].pack_parts > 0) {
+            pieces[i].panels.data = packed + at;
+        }
         at += packed_bytes(kernels, pieces[i].p, pieces[i].n1 - pieces[i].n0);
     }
     nf_status status = nf_parallel(packs, (double)bytes / 4, 0, pack, &w);

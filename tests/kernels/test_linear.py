@@ -100,11 +100,24 @@ def test_blocks_of_rows_whose_weight_is_packed_once_have_the_bits_of_each_row_al
         assert (nf.linear(np.asfortranarray(x), np.asfortranarray(w), bias, activation="relu") == whole).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows, k", [(150, 270), pytest.param(300, 800, marks=pytest.mark.native)])
+def test_rows_that_are_packed_once_for_all_columns_have_the_bits_of_each_row_alone(rows, k, dtype, threads):
+    n = 2 * rows + 37
+    x, w, bias = normal(rows, k, dtype=dtype), normal(n, k, seed=1, dtype=dtype), normal(n, seed=2, dtype=dtype)
+    for count in (1, 2):
+        threads(count)
+        whole = nf.linear(x, w, bias, activation="relu")
+        for i in (0, 13, 14, rows - 1):
+            assert (nf.linear(x[i], w, bias, activation="relu") == whole[i]).all()
+        assert (nf.linear(np.asfortranarray(x), np.asfortranarray(w), bias, activation="relu") == whole).all()
+
+
 @pytest.mark.native
 def test_a_product_too_large_to_be_packed_at_once_has_the_bits_of_its_columns():
-    x, w = normal(226, 2000), normal(4200, 2000, seed=1)        # packed: 67.2 MB
+    x, w = normal(226, 38_200), normal(440, 38_200, seed=1)     # packed: 67.2 MB
     whole = nf.linear(x, w)
-    for begin in (0, 2080, 4137):
+    for begin in (0, 200, 377):
         assert (nf.linear(x[100:103], w[begin:begin + 63]) == whole[100:103, begin:begin + 63]).all()
     assert (nf.linear(x[0], w) == whole[0]).all()
 
