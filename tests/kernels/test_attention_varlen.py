@@ -70,8 +70,8 @@ def test_the_tape_and_threads(threads):
         threads(n)
         leaves = [nf.Tensor(x, requires_grad=True) for x in data]
         slopes = nf.Tensor(nf.alibi_slopes(2), requires_grad=True)
-        out = nf.attention_varlen(*leaves, cu_q, cu_k, is_causal=True, alibi_slopes=slopes, dropout_p=0.2,
-                                  rng=np.random.default_rng(0))
+        out = nf.attention_varlen(*leaves, cu_q, cu_k, is_causal=True, enable_gqa=True, alibi_slopes=slopes,
+                                  dropout_p=0.2, rng=np.random.default_rng(0))
         out.sum().backward()
         results.append([out.data, *(x.grad for x in leaves), slopes.grad])
     for other in results[1:]:
@@ -103,7 +103,7 @@ def test_a_cache_in_blocks_gives_the_bits_of_one_piece(queries, size):
     lengths = np.array([290, 100, 129])
     key_cache, value_cache, table = paged(k, v, lengths, size)
     for features in ({"is_causal": True}, {"window_size": (50, 0), "softcap": 3.0, "alibi_slopes": nf.alibi_slopes(4)},
-                     {"sinks": tokens(4)}):
+                     {"sinks": tokens(4), "enable_gqa": True}):
         out, lse = nf.paged_attention(q, key_cache, value_cache, table, lengths, return_lse=True, **features)
         want = sdpa(q, k, v, kv_lengths=lengths, return_lse=True, **features)
         assert (out == want[0]).all() and (lse == want[1]).all()

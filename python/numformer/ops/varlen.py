@@ -56,8 +56,8 @@ def attention_varlen_backward(dy, saved):
 
 
 def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p=0.0, is_causal=False, scale=None,
-                     causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None,
-                     rng=None, return_lse=False, out=None):
+                     enable_gqa=False, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0,
+                     alibi_slopes=None, sinks=None, rng=None, return_lse=False, out=None):
     """Compute :func:`scaled_dot_product_attention` for sequences that lie one behind the other.
 
     A sequence sees itself alone, and has the bits that it would have in a call of its own, where dropout is off.
@@ -71,7 +71,7 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
         Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``; the first is 0, the last Tq.
     cu_seqlens_k : int array, (B + 1,)
         The same of keys and values.
-    dropout_p, is_causal, scale, causal_align, window_size, softcap, alibi_slopes, sinks, rng
+    dropout_p, is_causal, scale, enable_gqa, causal_align, window_size, softcap, alibi_slopes, sinks, rng
         As there; positions count in each sequence, `alibi_slopes` is (H,) or (B, H).
     return_lse : bool
         Return ``(out, lse)``, lse (Tq, H).
@@ -101,8 +101,8 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
 
 
 def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=False,
-                    scale=None, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                    sinks=None, key_scale=None, value_scale=None, return_lse=False, out=None):
+                    scale=None, enable_gqa=False, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0,
+                    alibi_slopes=None, sinks=None, key_scale=None, value_scale=None, return_lse=False, out=None):
     """Attend to keys and values that are cached in blocks (Kwon et al. 2023, arXiv:2309.06180); no gradient.
 
     Decoding steps and pieces of prompts may be mixed in one call. The result has the bits of
@@ -122,7 +122,7 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
         Tokens of each sequence in the cache. What stands in its blocks behind them is never read.
     cu_seqlens_q : int array, (B + 1,), optional
         Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, the same number or different ones.
-    is_causal, scale, causal_align, window_size, softcap, alibi_slopes, sinks
+    is_causal, scale, enable_gqa, causal_align, window_size, softcap, alibi_slopes, sinks
         As in :func:`scaled_dot_product_attention`: several queries of a sequence see each other's keys unless
         `is_causal`; a single one is the last, and sees all.
     key_scale, value_scale : array_like, (blocks, block_size) or (blocks, block_size, Hkv), float32
