@@ -236,6 +236,13 @@ def test_what_a_checkpoint_needs_is_said_before_the_first_iteration(tmp_path):
         loop.run(1, checkpoint=tmp_path / "run")
 
 
+def test_pretraining_batches_that_end_are_said_with_the_iteration():
+    batches = rlhf.CompletionBatches([(p, [5, 6]) for p in prompts(8)], 4)
+    loop = ppo(ptx_coef=0.5, pretrain=iter([next(batches)]))
+    with pytest.raises(ValueError, match="PPO: the batches of pretrain ended in iteration 0, counted from 0"):
+        loop.run(1)
+
+
 def test_a_generator_whose_state_holds_arrays_goes_into_a_checkpoint(tmp_path):
     pytest.importorskip("safetensors")
     first, again = ppo(), ppo()

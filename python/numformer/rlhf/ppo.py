@@ -263,7 +263,10 @@ class PPO:
         for routing in routings:
             loss = loss + nf.moe.load_balancing_loss(routing) * (c.load_balancing / len(routings))
         if c.ptx_coef:
-            ptx = self.policy.loss(*next(self.pretrain))
+            batch = next(self.pretrain, None)
+            if batch is None:
+                raise ValueError(f"PPO: the batches of pretrain ended in iteration {self.iteration}, counted from 0")
+            ptx = self.policy.loss(*batch)
             metrics["loss/ptx_avg"] = ptx.item()
             loss = loss + ptx * c.ptx_coef
         value_loss, value_metrics = ppo_value_loss(completion_values(self.value, sequences), rollout.values[rows],
