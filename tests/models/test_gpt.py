@@ -246,10 +246,21 @@ def test_training_with_dropout_is_reproducible():
     ({"norm": "batch"}, "norm must be one of"), ({"init": "zeros"}, "init must be one of"),
     ({"dtype": "float16"}, "dtype must be one of"), ({"activation": "relu"}, "activation must be one of"),
     ({"n_expert": 2, "activation": "gelu"}, "experts are SwiGLU"), ({"n_expert": 1}, "top_k must be at most n_expert"),
-    ({"dropout": 1.0}, r"\[0, 1\)")])
+    ({"dropout": 1.0}, r"GPTConfig: dropout must be in \[0, 1\), got 1.0"), ({"dropout": -0.1}, "dropout must be in"),
+    ({"n_kv_head": 0}, "n_kv_head must be 1 or more, or None, got 0"), ({"n_inner": 0}, "n_inner must be 1 or more"),
+    ({"n_expert": 2, "n_inner": 1}, "n_inner must be at least top_k, .* got 1 and 2"),
+    ({"n_expert": -1}, "n_expert must be 0 or more, got -1"),
+    ({"rope_theta": 0.0}, "rope_theta must be above 0, got 0"), ({"rope_theta": np.nan}, "rope_theta must .* got nan")])
 def test_a_shape_that_makes_no_model_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         gpt(**change)
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_inner",
+                                  "window", "n_expert", "top_k"])
+def test_a_size_that_is_no_integer_is_refused(name):
+    with pytest.raises(TypeError, match=f"GPTConfig: {name} must be an integer, got 2.0"):
+        gpt(**{name: 2.0})
 
 
 def test_tokens_that_do_not_fit_are_refused():

@@ -21,7 +21,7 @@ from numformer.models.pretrained import Pretrained
 from numformer.models.sampling import check_options, sample
 from numformer.nn import MLP, Dropout, Embedding, KVCache, LayerNorm, Module, MultiHeadAttention, RMSNorm, rotary_tables
 from numformer.nn.layers import project
-from numformer.ops.arguments import need_generator
+from numformer.ops.arguments import as_integer, need_generator
 from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor, is_recording, unrecorded
 
@@ -102,11 +102,7 @@ class GPTConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"GPTConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "top_k"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GPTConfig: {name} must be 1 or more, got {getattr(self, name)}")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"GPTConfig: window must be 1 or more, or None, got {self.window}")
+        self._check_numbers()
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd must be a multiple of n_head, got {self.n_embd} and {self.n_head}")
         if self.position == "rotary" and self.n_embd // self.n_head % 2:
@@ -118,6 +114,23 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: top_k must be at most n_expert, got {self.top_k} and {self.n_expert}")
         if self.n_inner is None:
             self.n_inner = self.n_embd * (3 if self.activation == "swiglu" else 4)
+        if self.n_expert and self.n_inner < self.top_k:
+            raise ValueError("GPTConfig: n_inner must be at least top_k, as an expert has n_inner / top_k features, "
+                             f"got {self.n_inner} and {self.top_k}")
+
+    def _check_numbers(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "top_k"):
+            if as_integer(getattr(self, name), "GPTConfig", name) < 1:
+                raise ValueError(f"GPTConfig: {name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("n_kv_head", "n_inner", "window"):
+            if getattr(self, name) is not None and as_integer(getattr(self, name), "GPTConfig", name) < 1:
+                raise ValueError(f"GPTConfig: {name} must be 1 or more, or None, got {getattr(self, name)}")
+        if as_integer(self.n_expert, "GPTConfig", "n_expert") < 0:
+            raise ValueError(f"GPTConfig: n_expert must be 0 or more, got {self.n_expert}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
+        if not self.rope_theta > 0:
+            raise ValueError(f"GPTConfig: rope_theta must be above 0, got {self.rope_theta}")
 
     def _check_heads(self):
         if self.layer_heads and len(self.layer_heads) != self.n_layer:
