@@ -124,6 +124,14 @@ def test_heads_that_do_not_divide_are_refused():
         nn.MultiHeadAttention(10, 3, rng=rng)
     with pytest.raises(ValueError, match="n_kv_head"):
         nn.MultiHeadAttention(12, 6, 4, rng=rng)
+    for shape, message in (((8, 0), "n_head must be 1 or more, got 0"), ((8, -2), "n_head must be 1 or more, got -2"),
+                           ((8, 2, 0), "n_kv_head must be 1 or more, got 0"), ((0, 2), "n_embd must be 1 or more")):
+        with pytest.raises(ValueError, match=f"MultiHeadAttention: {message}"):
+            nn.MultiHeadAttention(*shape, rng=rng)
+    with pytest.raises(ValueError, match="head_dim must be 1 or more, got 0"):
+        nn.MultiHeadAttention(8, 2, head_dim=0, rng=rng)
+    with pytest.raises(TypeError, match=r"n_head must be an integer, got 2\.0"):
+        nn.MultiHeadAttention(8, 2.0, rng=rng)
     with pytest.raises(ValueError, match="activation"):
         nn.MLP(4, 8, activation="relu", rng=rng)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):

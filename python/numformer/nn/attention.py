@@ -7,6 +7,7 @@ from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.maps import attention_maps
 from numformer.nn.module import Module
+from numformer.ops.arguments import as_integer
 from numformer.ops.attention import packed_attention
 from numformer.tensor import apply
 
@@ -88,7 +89,10 @@ class MultiHeadAttention(Module):
 
     def __init__(self, n_embd, n_head, n_kv_head=None, *, head_dim=None, causal=True, bias=False, dropout=0.0,
                  window_size=(-1, -1), alibi=False, rng, dtype=np.float32):
-        n_kv_head = n_kv_head or n_head
+        n_kv_head = n_head if n_kv_head is None else n_kv_head
+        for name, number in (("n_embd", n_embd), ("n_head", n_head), ("n_kv_head", n_kv_head), ("head_dim", head_dim)):
+            if number is not None and as_integer(number, "MultiHeadAttention", name) < 1:
+                raise ValueError(f"MultiHeadAttention: {name} must be 1 or more, got {number}")
         if head_dim is None and n_embd % n_head:
             raise ValueError(f"MultiHeadAttention: n_embd must be a multiple of n_head, got {n_embd} and {n_head}")
         if n_head % n_kv_head:
