@@ -45,8 +45,11 @@ class AdamW:
                                  "of its own: give the Tensors that it was computed from")
         if len(set(map(id, self.params))) < len(self.params):
             raise ValueError("AdamW: a parameter is given twice and would be updated twice in a step")
-        if not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"AdamW: betas must be in [0, 1), got {betas}")
+        for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not number >= 0:
+                raise ValueError(f"AdamW: {name} must be 0 or more, got {number}")
+        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+            raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.steps = 0
         self.counts = np.zeros(len(self.params), np.int64)      # steps of each parameter

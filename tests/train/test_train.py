@@ -124,8 +124,12 @@ def test_zero_grad_and_bad_arguments():
         train.AdamW([("x", x)], 0.1)
     with pytest.raises(ValueError, match="a parameter is given twice"):
         train.AdamW([x, leaf(3, rng=np.random.default_rng(1)), x], 0.1)
-    with pytest.raises(ValueError, match="betas"):
-        train.AdamW([x], 0.1, betas=(1.0, 0.9))
+    for betas in ((1.0, 0.9), (0.9, -0.1), (0.9,)):
+        with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got"):
+            train.AdamW([x], 0.1, betas=betas)
+    for name in ("lr", "eps", "weight_decay"):
+        with pytest.raises(ValueError, match=f"AdamW: {name} must be 0 or more, got -0.1"):
+            train.AdamW([x], **{"lr": 0.1, name: -0.1})
     with pytest.raises(ValueError, match="other parameters"):
         optimizer.load_state_dict(train.AdamW([leaf(4, rng=np.random.default_rng(0))], 0.1).state_dict())
 
