@@ -101,6 +101,9 @@ def test_empty_arrays_give_empty_results():
 def test_bad_inputs_are_named(op):
     with pytest.raises(ValueError, match=r"axis must be within -2 .. 1"):
         op(np.zeros((2, 3)), axis=2)
+    for axis in (1.0, -1.0, None, "last"):
+        with pytest.raises(TypeError, match=f"{op.__name__}: axis must be an integer, got {axis!r}"):
+            op(np.zeros((2, 3)), axis=axis)
     with pytest.raises(ValueError, match="dimension"):
         op(np.zeros(()))
     with pytest.raises(TypeError, match="float32 or float64, got int64"):

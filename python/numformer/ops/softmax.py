@@ -2,7 +2,7 @@
 from numpy import moveaxis, ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array
+from numformer.ops.arguments import as_array, as_integer
 from numformer.tensor import apply
 
 __all__ = ["log_softmax", "log_softmax_backward", "log_softmax_forward", "softmax", "softmax_backward",
@@ -13,6 +13,8 @@ def _along(kernel, op, x, axis):
     """`kernel` of the rows of `x` along `axis`; (y, y with the axis last)."""
     if type(x) is not ndarray:
         x = as_array(x, op, "x")
+    if type(axis) is not int:
+        axis = as_integer(axis, op, "axis")
     if axis == -1:
         y = kernel(x)
         return y, y
@@ -60,7 +62,7 @@ def softmax(x, axis=-1):
     Raises
     ------
     TypeError
-        If `x` is not float32 or float64.
+        If `x` is not float32 or float64, or `axis` no integer.
     ValueError
         If `x` has no such axis.
     """
@@ -97,7 +99,7 @@ def log_softmax(x, axis=-1):
     Raises
     ------
     TypeError
-        If `x` is not float32 or float64.
+        If `x` is not float32 or float64, or `axis` no integer.
     ValueError
         If `x` has no such axis.
     """
