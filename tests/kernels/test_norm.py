@@ -125,8 +125,8 @@ def test_gradients_agree_with_torch():
         np.testing.assert_allclose(a.grad, t.grad.numpy(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("op", [nf.layer_norm, nf.rms_norm])
-def test_bad_inputs_are_named(op):
+@pytest.mark.parametrize("op, add", [(nf.layer_norm, nf.add_layer_norm), (nf.rms_norm, nf.add_rms_norm)])
+def test_bad_inputs_are_named(op, add):
     x, w = np.zeros((2, 4)), np.ones(4)
     with pytest.raises(ValueError, match=r"weight must have shape \(4,\), got \(3,\)"):
         op(x, np.ones(3))
@@ -138,8 +138,10 @@ def test_bad_inputs_are_named(op):
         op(np.zeros(()), w)
     with pytest.raises(TypeError):
         op(x, None)
-    with pytest.raises(TypeError):
-        op(x, w, eps="small")
+    for call in (op, lambda x, w, eps: add(x, x, w, eps=eps)):
+        for eps in ("small", None, np.ones(4)):
+            with pytest.raises(TypeError, match=f"{op.__name__}: eps must be a real number, got "):
+                call(x, w, eps=eps)
 
 
 def test_a_bad_bias_or_residual_is_named():

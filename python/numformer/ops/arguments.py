@@ -41,6 +41,14 @@ def as_integer(x, op, name):
         raise TypeError(f"{op}: {name} must be an integer, got {x!r}") from None
 
 
+def as_number(x, op, name):
+    """`x`, a real number of any kind, as a float. TypeError for anything else."""
+    try:
+        return math.fsum((x,))      # float would read text
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be a real number, got {x!r}") from None
+
+
 def need_generator(rng, op, option=None):
     """The bit generator of `rng`. TypeError unless that is a Generator, as `op` needs one (where `option` is not 0)."""
     bits = getattr(rng, "bit_generator", None)

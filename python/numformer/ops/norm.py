@@ -3,7 +3,7 @@ arXiv:1910.07467), and both of a residual sum in one pass."""
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array
+from numformer.ops.arguments import as_array, as_number
 from numformer.tensor import apply
 
 __all__ = ["add_layer_norm", "add_layer_norm_backward", "add_layer_norm_forward", "add_rms_norm",
@@ -19,6 +19,8 @@ def layer_norm_forward(x, weight, bias=None, eps=1e-5):
         weight = as_array(weight, "layer_norm", "weight")
     if bias is not None and type(bias) is not ndarray:
         bias = as_array(bias, "layer_norm", "bias")
+    if type(eps) is not float:
+        eps = as_number(eps, "layer_norm", "eps")
     y, stats = _core.layer_norm(x, weight, bias, eps, None)
     return y, (x, weight, bias is not None, stats)
 
@@ -53,7 +55,7 @@ def layer_norm(x, weight, bias=None, eps=1e-5):
     Raises
     ------
     TypeError
-        If the dtypes are not all float32 or all float64.
+        If the dtypes are not all float32 or all float64, or `eps` is no number.
     ValueError
         If `x` has no axis, or `weight` or `bias` is not of shape (n,).
     """
@@ -66,6 +68,8 @@ def rms_norm_forward(x, weight, eps=1e-6):
         x = as_array(x, "rms_norm", "x")
     if type(weight) is not ndarray:
         weight = as_array(weight, "rms_norm", "weight")
+    if type(eps) is not float:
+        eps = as_number(eps, "rms_norm", "eps")
     y, stats = _core.rms_norm(x, weight, None, eps, None)
     return y, (x, weight, stats)
 
@@ -97,7 +101,7 @@ def rms_norm(x, weight, eps=1e-6):
     Raises
     ------
     TypeError
-        If the dtypes are not all float32 or all float64.
+        If the dtypes are not all float32 or all float64, or `eps` is no number.
     ValueError
         If `x` has no axis, or `weight` is not of shape (n,).
     """
@@ -109,6 +113,8 @@ def add_layer_norm_forward(x, residual, weight, bias=None, eps=1e-5):
     x, residual = as_array(x, "layer_norm", "x"), as_array(residual, "layer_norm", "residual")
     weight = as_array(weight, "layer_norm", "weight")
     bias = None if bias is None else as_array(bias, "layer_norm", "bias")
+    if type(eps) is not float:
+        eps = as_number(eps, "layer_norm", "eps")
     y, total, stats = _core.layer_norm(x, weight, bias, eps, residual)
     return (y, total), (total, weight, bias is not None, stats)
 
@@ -139,6 +145,8 @@ def add_rms_norm_forward(x, residual, weight, eps=1e-6):
     """Return ``((y, sum), saved)``."""
     x, residual = as_array(x, "rms_norm", "x"), as_array(residual, "rms_norm", "residual")
     weight = as_array(weight, "rms_norm", "weight")
+    if type(eps) is not float:
+        eps = as_number(eps, "rms_norm", "eps")
     y, total, stats = _core.rms_norm(x, weight, None, eps, residual)
     return (y, total), (total, weight, stats)
 
