@@ -209,7 +209,7 @@ def test_wrong_arrays_are_named_in_the_error():
         sdpa(q.astype(np.int32), k, v)
     with pytest.raises(TypeError, match="query must be an array, got list"):
         sdpa([[1.0], [2.0, 3.0]], k, v)
-    with pytest.raises(TypeError, match="real number"):
+    with pytest.raises(TypeError, match="scaled_dot_product_attention: scale must be a real number, got 'half'"):
         sdpa(q, k, v, scale="half")
     with pytest.raises(ValueError, match="causal_align"):
         sdpa(q, k, v, is_causal=True, causal_align="top")

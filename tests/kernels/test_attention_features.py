@@ -275,11 +275,23 @@ def test_gradients_through_merged_parts_are_those_of_the_whole():
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("record", [False, True])
+def test_a_window_may_come_as_an_array_or_a_list(record):
+    q, k, v = (nf.Tensor(x, requires_grad=True) if record else x for x in arrays(4, 2, 3, 5, 8))
+    for window in (np.array([1, 0]), [1, 0]):
+        y, expected = sdpa(q, k, v, window_size=window), sdpa(q, k, v, window_size=(1, 0))
+        np.testing.assert_array_equal(*((y.data, expected.data) if record else (y, expected)))
+
+
 @pytest.mark.parametrize("keywords, error, message", [
     ({"window_size": (1, 2, 3)}, ValueError, "window_size must be two"),
     ({"window_size": 4}, ValueError, "window_size must be two"),
     ({"window_size": (-2, 0)}, ValueError, "window_size must be two"),
-    ({"window_size": (1.5, 0)}, TypeError, "integer"),
+    ({"window_size": (1.5, 0)}, TypeError, "attention: each side of window_size must be an integer, got 1.5"),
+    ({"window_size": (None, 0)}, TypeError, "attention: each side of window_size must be an integer, got None"),
+    ({"softcap": "none"}, TypeError, "attention: softcap must be a real number, got 'none'"),
+    ({"softcap": np.ones(2)}, TypeError, "attention: softcap must be a real number, got array"),
+    ({"scale": np.ones(2)}, TypeError, "attention: scale must be a real number, got array"),
     ({"softcap": -1.0}, ValueError, "softcap must be finite and not negative"),
     ({"softcap": np.inf}, ValueError, "softcap must be finite and not negative"),
     ({"dropout_p": 1.0, "rng": np.random.default_rng(0)}, ValueError, "dropout_p must be at least 0 and below 1"),

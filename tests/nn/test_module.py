@@ -132,6 +132,8 @@ def test_heads_that_do_not_divide_are_refused():
         nn.MultiHeadAttention(8, 2, head_dim=0, rng=rng)
     with pytest.raises(TypeError, match=r"n_head must be an integer, got 2\.0"):
         nn.MultiHeadAttention(8, 2.0, rng=rng)
+    with pytest.raises(TypeError, match="MultiHeadAttention: each side of window_size must be an integer, got None"):
+        nn.MultiHeadAttention(8, 2, window_size=(None, 0), rng=rng)
     with pytest.raises(ValueError, match="activation"):
         nn.MLP(4, 8, activation="relu", rng=rng)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):

@@ -99,7 +99,7 @@ class MultiHeadAttention(Module):
             raise ValueError("MultiHeadAttention: n_head must be a multiple of n_kv_head, "
                              f"got {n_head} and {n_kv_head}")
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim or n_embd // n_head
-        left, right = window_size
+        left, right = (as_integer(side, "MultiHeadAttention", "each side of window_size") for side in window_size)
         if left < -1 or right < -1 or (causal and right > 0):
             raise ValueError("MultiHeadAttention: window_size must be (left, right), each -1 or more, and nothing "
                              f"ahead where causal, got {window_size} and causal={causal}")

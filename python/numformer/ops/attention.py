@@ -6,7 +6,7 @@ arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), and the backward pass buil
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_arrays
+from numformer.ops.arguments import as_array, as_arrays, as_integer, as_number
 from numformer.tensor import Tensor, apply, draw_key, is_float
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
@@ -30,8 +30,8 @@ def _causal(is_causal, causal_align):
 def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, dropout_p=0.0,
               rng=None, cu_seqlens_q=None, cu_seqlens_k=None, block_table=None, key_scale=None, value_scale=None):
     """The binding's tuple of what most calls leave out, or None; draws the key of the dropout."""
-    if softcap is None:
-        softcap = 0.0
+    if type(softcap) is not float:
+        softcap = 0.0 if softcap is None else as_number(softcap, _OP, "softcap")
     if kv_lengths is not None:
         kv_lengths = as_array(kv_lengths, _OP, "kv_lengths")
     key = 0 if dropout_p == 0 else draw_key(_OP, "dropout_p", rng)
@@ -40,6 +40,8 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
     except (TypeError, ValueError):
         raise ValueError(f"{_OP}: window_size must be two numbers of keys, (left, right), got "
                          f"{window_size!r}") from None
+    if type(left) is not int or type(right) is not int:
+        left, right = (as_integer(side, _OP, "each side of window_size") for side in (left, right))
     if left == right == -1 and softcap == 0 and dropout_p == 0 and (
             alibi_slopes is sinks is kv_lengths is cu_seqlens_q is block_table is None):
         return None
@@ -188,9 +190,11 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     On x86 a product, sum or result below the least normal number (2**-126; float64: 2**-1022) is 0, in the gradients
     too: processors are up to a hundred times as slow on such numbers, which the weights of far keys would make.
     """
+    if scale is not None and type(scale) is not float:
+        scale = as_number(scale, _OP, "scale")
     arrays = type(query) is type(key) is type(value) is np.ndarray
-    extras = (window_size != (-1, -1) or softcap or alibi_slopes is not None or sinks is not None
-              or kv_lengths is not None or dropout_p != 0.0)
+    extras = (type(window_size) is not tuple or window_size != (-1, -1) or type(softcap) is not float or softcap
+              or alibi_slopes is not None or sinks is not None or kv_lengths is not None or dropout_p != 0.0)
     if arrays and type(attn_mask) in _PLAIN and not extras:
         causal = _causal(is_causal, causal_align) if is_causal or causal_align != "bottom_right" else 0
         return _core.attention_forward(query, key, value, attn_mask, scale, causal, None, out, 1 if return_lse else 0)
