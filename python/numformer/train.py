@@ -9,6 +9,7 @@ import numpy as np
 
 from numformer.files import state_bytes
 from numformer.models.pretrained import need_safetensors, read_safetensors, write_safetensors
+from numformer.ops.arguments import as_number
 from numformer.ops.optimizer import adamw_step, global_norm
 from numformer.tensor import Tensor
 
@@ -46,7 +47,7 @@ class AdamW:
         if len(set(map(id, self.params))) < len(self.params):
             raise ValueError("AdamW: a parameter is given twice and would be updated twice in a step")
         for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not number >= 0:
+            if not as_number(number, "AdamW", name) >= 0:
                 raise ValueError(f"AdamW: {name} must be 0 or more, got {number}")
         if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")

@@ -263,6 +263,12 @@ def test_a_size_that_is_no_integer_is_refused(name):
         gpt(**{name: 2.0})
 
 
+@pytest.mark.parametrize("name", ["dropout", "rope_theta"])
+def test_an_option_that_is_no_number_is_refused(name):
+    with pytest.raises(TypeError, match=f"GPTConfig: {name} must be a real number, got '0.5'"):
+        gpt(**{name: "0.5"})
+
+
 def test_tokens_that_do_not_fit_are_refused():
     model = gpt()
     with pytest.raises(TypeError, match="tokens must be integers, got float64"):

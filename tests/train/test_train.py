@@ -130,6 +130,8 @@ def test_zero_grad_and_bad_arguments():
     for name in ("lr", "eps", "weight_decay"):
         with pytest.raises(ValueError, match=f"AdamW: {name} must be 0 or more, got -0.1"):
             train.AdamW([x], **{"lr": 0.1, name: -0.1})
+        with pytest.raises(TypeError, match=f"AdamW: {name} must be a real number, got None"):
+            train.AdamW([x], **{"lr": 0.1, name: None})
     with pytest.raises(ValueError, match="other parameters"):
         optimizer.load_state_dict(train.AdamW([leaf(4, rng=np.random.default_rng(0))], 0.1).state_dict())
 

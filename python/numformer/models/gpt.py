@@ -21,7 +21,7 @@ from numformer.models.pretrained import Pretrained
 from numformer.models.sampling import check_options, sample
 from numformer.nn import MLP, Dropout, Embedding, KVCache, LayerNorm, Module, MultiHeadAttention, RMSNorm, rotary_tables
 from numformer.nn.layers import project
-from numformer.ops.arguments import as_integer, need_generator
+from numformer.ops.arguments import as_integer, as_number, need_generator
 from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor, is_recording, unrecorded
 
@@ -127,9 +127,9 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {name} must be 1 or more, or None, got {getattr(self, name)}")
         if as_integer(self.n_expert, "GPTConfig", "n_expert") < 0:
             raise ValueError(f"GPTConfig: n_expert must be 0 or more, got {self.n_expert}")
-        if not 0 <= self.dropout < 1:
+        if not 0 <= as_number(self.dropout, "GPTConfig", "dropout") < 1:
             raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
-        if not self.rope_theta > 0:
+        if not as_number(self.rope_theta, "GPTConfig", "rope_theta") > 0:
             raise ValueError(f"GPTConfig: rope_theta must be above 0, got {self.rope_theta}")
 
     def _check_heads(self):
