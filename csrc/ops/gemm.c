@@ -1,11 +1,11 @@
 /* The plan of matrix products: a list of them is cut into tasks, which run on threads.
 
-   A product of many rows has its B packed first, by all threads, each panel once; then a task is
-   a block of rows, which packs its own A and goes through all panels as they stream in from L3.
-   A product whose rows are one block is cut by columns, and each task packs the panels it needs,
-   in L2; of a little more rows, and many columns, A is packed first, so that B, the larger by far,
-   need not go to memory and back. Few rows pack nothing. All products of a list share these two
-   passes. The tasks are the same for every number of threads. */
+   A product of many rows has its B, unless it is little, packed first, by all threads, each panel
+   once; then a task is a block of rows, which packs its own A and goes through all panels as they
+   stream in from L3. A product whose rows are one block is cut by columns, and each task packs the
+   panels it needs, in L2; of a little more rows, and many columns, A is packed first, so that B,
+   the larger by far, need not go to memory and back. Few rows pack nothing. All products of a list
+   share these two passes. The tasks are the same for every number of threads. */
 #include "ops/gemm.h"
 
 #include "core/pool.h"
@@ -13,12 +13,14 @@
 #include "ops/parts.h"
 
 enum {
-    ENOUGH_TASKS = 16,      /* so that two to four threads end at about one time */
-    EVEN = 2,               /* blocks of rows come in pairs: two threads end together */
-    COLUMNS = 1536,         /* an element of A is packed once for so many columns, */
-    NARROW = 64,            /* or so many where A is little */
-    PACK_COLUMNS = 64,      /* of a task that packs */
-    FEW_BYTES = 1 << 19,    /* of B to a task of few rows: its first come unasked for, */
+    ENOUGH_TASKS = 16, /* so that two to four threads end at about one time */
+    EVEN = 2,          /* blocks of rows come in pairs: two threads end together */
+    COLUMNS = 1536,    /* an element of A is packed once for so many columns, */
+    NARROW = 64,       /* or so many where A is little */
+    AGAIN_BYTES = 1
+        << 20,           /* of B at most that tasks pack again, rather than once for all */
+    PACK_COLUMNS = 64,   /* of a task that packs */
+    FEW_BYTES = 1 << 19, /* of B to a task of few rows: its first come unasked for, */
     LITTLE_BYTES = 1 << 17, /* or so many where B has less than */
     LITTLE_TASKS = 4,       /* so many tasks */
     PACKED_BYTES = 64
@@ -106,10 +108,23 @@ multiply(size_t index, void *pointer, void *scratch)
 
 /* ---- the cut ---- */
 
+/* Blocks of rows. */
+static size_t
+row_parts(const nf_gemm_kernels *kernels, const nf_gemm *p)
+{
+    return p->m > kernels->block_rows
+               ? nf_parts(nf_parts(p->m, kernels->block_rows), EVEN) * EVEN
+               : 1;
+}
+
+/* Whether something is packed first, for all tasks. Where each block of rows packs a little B for
+   itself, threads need not meet a second time, nor wait for what another one's cache holds: between
+   two dies that takes as long as a fifth of such a product. */
 static int
 is_packed(const nf_gemm_kernels *kernels, const nf_gemm *p)
 {
-    return p->m > kernels->block_rows && !kernels->few_fits(p);
+    const size_t again = row_parts(kernels, p) - 1;
+    return again * p->n * p->k * kernels->itemsize > AGAIN_BYTES && !kernels->few_fits(p);
 }
 
 /* Whether it is A that is packed first. */
@@ -148,14 +163,16 @@ cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size
         c.pack_parts = nf_parts(p->k, kernels->depth);
     }
     else if (is_packed(kernels, p)) {
-        c.row_parts = nf_parts(nf_parts(p->m, kernels->block_rows), EVEN) * EVEN;
+        c.row_parts = row_parts(kernels, p);
         c.column_parts = nf_least(nf_parts(wanted, c.row_parts), nf_parts(n, COLUMNS));
         c.pack_parts = nf_parts(n, PACK_COLUMNS);
         c.panels =
             (nf_gemm_panels){NULL, n0, nf_parts(n, kernels->columns) * kernels->columns};
     }
     else {
-        c.column_parts = nf_least(wanted, nf_parts(n, NARROW));
+        c.row_parts = row_parts(kernels, p);
+        c.column_parts = nf_least(nf_parts(wanted, c.row_parts),
+                                  nf_parts(n, c.row_parts > 1 ? COLUMNS : NARROW));
     }
     return c;
 }
