@@ -137,6 +137,11 @@ def test_wrong_packing_is_named_in_the_error():
         attention_varlen_forward(q, k, k, [0, 5], [0, 6], kv_lengths=[60])
     with pytest.raises(TypeError, match="cu_seqlens_k must be integers"):
         nf.attention_varlen(q, k, k, [0, 5], [0.0, 6.0])
+    for name, wrong in (("window_size", (None, 0)), ("softcap", "x"), ("scale", "x")):
+        with pytest.raises(TypeError, match=f"attention_varlen: .*{name} must be"):
+            nf.attention_varlen(q, k, k, [0, 5], [0, 6], **{name: wrong})
+        with pytest.raises(TypeError, match=f"paged_attention: .*{name} must be"):
+            nf.paged_attention(tokens(1, 4, 1, 8), k[None], k[None], [[0]], [6], **{name: wrong})
     cache = np.zeros((4, 16, 2, 8), np.float32)
     step = tokens(2, 4, 1, 8)
     with pytest.raises(ValueError, match="paged_attention: block_table must name blocks below 4, got 4"):

@@ -30,18 +30,19 @@ def _causal(is_causal, causal_align):
 def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, dropout_p=0.0,
               rng=None, cu_seqlens_q=None, cu_seqlens_k=None, block_table=None, key_scale=None, value_scale=None):
     """The binding's tuple of what most calls leave out, or None; draws the key of the dropout."""
+    op = "paged_attention" if block_table is not None else "attention_varlen" if cu_seqlens_q is not None else _OP
     if type(softcap) is not float:
-        softcap = 0.0 if softcap is None else as_number(softcap, _OP, "softcap")
+        softcap = 0.0 if softcap is None else as_number(softcap, op, "softcap")
     if kv_lengths is not None:
-        kv_lengths = as_array(kv_lengths, _OP, "kv_lengths")
-    key = 0 if dropout_p == 0 else draw_key(_OP, "dropout_p", rng)
+        kv_lengths = as_array(kv_lengths, op, "kv_lengths")
+    key = 0 if dropout_p == 0 else draw_key(op, "dropout_p", rng)
     try:
         left, right = window_size
     except (TypeError, ValueError):
-        raise ValueError(f"{_OP}: window_size must be two numbers of keys, (left, right), got "
+        raise ValueError(f"{op}: window_size must be two numbers of keys, (left, right), got "
                          f"{window_size!r}") from None
     if type(left) is not int or type(right) is not int:
-        left, right = (as_integer(side, _OP, "each side of window_size") for side in (left, right))
+        left, right = (as_integer(side, op, "each side of window_size") for side in (left, right))
     if left == right == -1 and softcap == 0 and dropout_p == 0 and (
             alibi_slopes is sinks is kv_lengths is cu_seqlens_q is block_table is None):
         return None

@@ -4,7 +4,7 @@ import numpy as np
 
 from numformer import _core
 from numformer.ops import attention
-from numformer.ops.arguments import as_array, as_arrays
+from numformer.ops.arguments import as_array, as_arrays, as_number
 from numformer.tensor import Tensor, apply
 
 __all__ = ["attention_varlen", "attention_varlen_backward", "attention_varlen_forward", "paged_attention"]
@@ -93,6 +93,8 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
     -----
     Time and memory are those of the sequences alone: nothing is padded or copied.
     """
+    if scale is not None and type(scale) is not float:
+        scale = as_number(scale, "attention_varlen", "scale")
     sides = {"slopes": alibi_slopes, "sinks": sinks}
     wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
     return apply(attention_varlen_forward, attention_varlen_backward, query, key, value, cu_seqlens_q, cu_seqlens_k,
@@ -157,6 +159,8 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
     for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
         if x.ndim != 4 or x.shape[1] == 0:
             raise ValueError(f"{op}: {name} must be an array (blocks, block_size, heads, head_dim), got {x.shape}")
+    if scale is not None and type(scale) is not float:
+        scale = as_number(scale, op, "scale")
     packed = cu_seqlens_q is not None
     features = attention._features(
         window_size, softcap, alibi_slopes, sinks, cache_seqlens, cu_seqlens_q=cu_seqlens_q, block_table=block_table,
