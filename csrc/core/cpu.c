@@ -6,6 +6,15 @@ const char *const nf_isa_names[NF_ISA_COUNT] = {"baseline", "avx2", "avx512", "a
 
 int nf_drops_prefetches;
 
+#if defined(__x86_64__) && !defined(NF_EMULATE)
+__attribute__((constructor)) static void
+know_maker(void)
+{
+    __builtin_cpu_init();
+    nf_drops_prefetches = __builtin_cpu_is("amd");
+}
+#endif
+
 nf_isa
 nf_cpu_isa(void)
 {
@@ -14,7 +23,6 @@ nf_cpu_isa(void)
 #elif defined(__x86_64__)
     /* The builtins ask the operating system too (XGETBV). */
     __builtin_cpu_init();
-    nf_drops_prefetches = __builtin_cpu_is("amd");
     const int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
                      && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")

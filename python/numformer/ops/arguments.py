@@ -45,7 +45,7 @@ def as_number(x, op, name):
     """`x`, a real number of any kind, as a float. TypeError for anything else."""
     try:
         return math.fsum((x,))      # float would read text
-    except TypeError:
+    except (TypeError, OverflowError):
         raise TypeError(f"{op}: {name} must be a real number, got {x!r}") from None
 
 
