@@ -33,10 +33,12 @@ take_kv_lengths(nf_attention_call *c, PyObject *object, npy_intp most, const cha
         return -1;
     }
     const int64_t *const length = PyArray_DATA(c->kv_lengths);
+    const int64_t *const start = c->p.k_starts;
     for (ptrdiff_t b = 0; b < c->p.batch; b++) {
-        if (length[b] < 0 || length[b] > most) {
+        const npy_intp held = start ? (npy_intp)(start[b + 1] - start[b]) : most;
+        if (length[b] < 0 || length[b] > held) {
             PyErr_Format(PyExc_ValueError,
-                         "%s: %s must lie between 0 and Sk = %zd, got %lld", op, name, most,
+                         "%s: %s must lie between 0 and Sk = %zd, got %lld", op, name, held,
                          (long long)length[b]);
             return -1;
         }
@@ -179,6 +181,7 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
                    : take_block_table(c, f[BLOCK_TABLE], f[KV_LENGTHS]);
     }
     return nf_given(f[KV_LENGTHS])
-               ? take_kv_lengths(c, f[KV_LENGTHS], p->keys, OP, "kv_lengths")
+               ? take_kv_lengths(c, f[KV_LENGTHS], p->keys, p->k_starts ? VARLEN : OP,
+                                 "kv_lengths")
                : 0;
 }

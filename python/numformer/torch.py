@@ -75,8 +75,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, attn_mask, alibi_slopes, sinks, keywords):
         inputs = query, key, value, attn_mask, alibi_slopes, sinks
         wanted = [name for name, need in zip(("mask", "slopes", "sinks"), ctx.needs_input_grad[3:6]) if need]
-        arrays = [_array(x, name) for x, name in zip(inputs, _NAMES)]
-        (out, lse), saved = attention_forward(*arrays, return_lse=True, gradients=wanted, **keywords)
+        arrays = {name: _array(x, name) for x, name in zip(inputs, _NAMES)}
+        (out, lse), saved = attention_forward(**arrays, return_lse=True, gradients=wanted, **keywords)
         # of what backward needs, numbers and tuples stay here
         ctx.rest, exact, stats = saved[4:9], *saved[9:]
         whole = exact is out

@@ -24,7 +24,7 @@ def dropped(p, seed=11):
 
 def run(q, k, v, dout, dlse, mask=None, slopes=None, sinks=None, **features):
     """(out, lse, gradients by name)."""
-    (out, lse), saved = attention_forward(q, k, v, mask, slopes, sinks, return_lse=True, **features)
+    (out, lse), saved = attention_forward(q, k, v, mask, alibi_slopes=slopes, sinks=sinks, return_lse=True, **features)
     return out, lse, dict(zip(NAMES, attention_backward((dout, dlse), saved), strict=True))
 
 

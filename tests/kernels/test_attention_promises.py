@@ -212,7 +212,7 @@ def test_error_is_at_most_twice_that_of_the_naive_formula(features):
         dout = upstream(q, v, seed)
         g = oracle.attention_gradients(q, k, v, dout, **features)
         want = [oracle.attention(q, k, v, **features)[0], g["q"], g["k"], g["v"]]
-        out, saved = attention_forward(q, k, v, None, mine.get("slopes"), mine.get("sinks"),
+        out, saved = attention_forward(q, k, v, alibi_slopes=mine.get("slopes"), sinks=mine.get("sinks"),
                                        **{n: x for n, x in mine.items() if n not in ("slopes", "sinks")})
         got = [out, *attention_backward(dout, saved)[:3]]
         for i, other in enumerate(naive(q, k, v, dout, **features)):
@@ -237,9 +237,9 @@ rng = np.random.default_rng(0)
 q, k, v, dout = (rng.standard_normal((1, 1, 32768, 64), np.float32) for _ in range(4))
 keywords = dict(window_size=(64, 0), dropout_p=0.1, rng=rng)
 small = [x[:, :, :200] for x in (q, k, v)]
-attention_backward(dout[:, :, :200], attention_forward(*small, None, nf.alibi_slopes(1), **keywords)[1])
+attention_backward(dout[:, :, :200], attention_forward(*small, alibi_slopes=nf.alibi_slopes(1), **keywords)[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out, saved = attention_forward(q, k, v, None, nf.alibi_slopes(1), **keywords)
+out, saved = attention_forward(q, k, v, alibi_slopes=nf.alibi_slopes(1), **keywords)
 attention_backward(dout, saved)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """

@@ -124,6 +124,41 @@ def test_steps_and_pieces_of_prompts_mix_in_one_call(dim):
         assert (heads(out[i]) == one).all() and (lse[i].T == one_lse[0]).all()
 
 
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_last_keys_of_packed_sequences_may_be_padding(features):
+    cu_q, cu_k, lengths = starts([5, 70, 1, 3]), starts([30, 400, 290, 8]), np.array([21, 290, 17, 0])
+    q, k, v, dout = tokens(cu_q[-1], 4, 16), tokens(cu_k[-1], 2, 16), tokens(cu_k[-1], 2, 8), tokens(cu_q[-1], 4, 8)
+    real = np.concatenate([np.arange(a, a + n) for a, n in zip(cu_k, lengths)])
+    padding = np.ones(cu_k[-1], bool)
+    padding[real] = False
+    features = {**features, "return_lse": True}
+    (out, lse), saved = attention_varlen_forward(q, k[real], v[real], cu_q, starts(lengths), **features)
+    want = attention_varlen_backward((dout, None), saved)
+    k[padding] = v[padding] = np.nan
+    (got, got_lse), saved = attention_varlen_forward(q, k, v, cu_q, cu_k, kv_lengths=lengths, **features)
+    assert (got == out).all() and (got_lse == lse).all()
+    dq, dk, dv = attention_varlen_backward((dout, None), saved)[:3]
+    assert (dq == want[0]).all() and (dk[real] == want[1]).all() and (dv[real] == want[2]).all()
+    assert not dk[padding].any() and not dv[padding].any()
+
+
+@pytest.mark.parametrize("queries", [1, 60])
+def test_a_cache_in_blocks_takes_the_other_keywords_too(queries):
+    q, k, v = arrays(4, 2, queries, 290, 16, 8, batch=3)
+    lengths = np.array([290, 100, 129])
+    key_cache, value_cache, table = paged(k, v, lengths, 16)
+    fewer = np.array([170, 100, 0])
+    same = {"dropout_p": 0.4, "is_causal": True}
+    got = nf.paged_attention(q, key_cache, value_cache, table, lengths, kv_lengths=fewer,
+                             rng=np.random.default_rng(3), **same)
+    assert (got == sdpa(q, k, v, kv_lengths=fewer, rng=np.random.default_rng(3), **same)).all()
+    for wrong in ([170, 101, 0], [170, 100]):
+        with pytest.raises(ValueError, match="paged_attention: kv_lengths must be at most cache_seqlens"):
+            nf.paged_attention(q, key_cache, value_cache, table, lengths, kv_lengths=wrong)
+    with pytest.raises(TypeError, match="paged_attention: rng must be a"):
+        nf.paged_attention(q, key_cache, value_cache, table, lengths, dropout_p=0.4)
+
+
 def test_wrong_packing_is_named_in_the_error():
     q, k = tokens(5, 4, 8), tokens(6, 2, 8)
     with pytest.raises(ValueError, match="query must be an array"):
@@ -133,8 +168,9 @@ def test_wrong_packing_is_named_in_the_error():
             nf.attention_varlen(q, k, k, wrong, [0, 6])
     with pytest.raises(ValueError, match="one length"):
         nf.attention_varlen(q, k, k, [0, 2, 5], [0, 6])
-    with pytest.raises(TypeError, match="attention_varlen: kv_lengths is for padded keys"):
-        attention_varlen_forward(q, k, k, [0, 5], [0, 6], kv_lengths=[60])
+    for wrong, cu_k in (([7], [0, 6]), ([2, 5], [0, 2, 6])):
+        with pytest.raises(ValueError, match="attention_varlen: kv_lengths must lie between 0 and Sk"):
+            nf.attention_varlen(q, k, k, [0, *cu_k[1:-1], 5], cu_k, kv_lengths=wrong)
     with pytest.raises(TypeError, match="cu_seqlens_k must be integers"):
         nf.attention_varlen(q, k, k, [0, 5], [0.0, 6.0])
     for name, wrong in (("window_size", (None, 0)), ("softcap", "x"), ("scale", "x")):

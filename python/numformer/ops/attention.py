@@ -50,22 +50,29 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
             block_table, key_scale, value_scale)
 
 
-def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, alibi_slopes=None, sinks=None, *,
-                                         is_causal=False, causal_align="bottom_right", scale=None, return_lse=False,
-                                         out=None, gradients=("mask", "slopes", "sinks"), **features):
+def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                                         enable_gqa=False, *, causal_align="bottom_right", alibi_slopes=None,
+                                         sinks=None, return_lse=False, out=None,
+                                         gradients=("mask", "slopes", "sinks"), **features):
     """Return ``(out, saved)``, or ``((out, lse), saved)``; :func:`scaled_dot_product_attention_backward` needs `saved`.
 
-    `features` are window_size, softcap, kv_lengths, dropout_p and rng; and cu_seqlens_q and cu_seqlens_k, where the
+    `features` are window_size, softcap, kv_lengths and rng; and cu_seqlens_q and cu_seqlens_k, where the
     batch axes have length 1 and the sequences lie one behind the other. `gradients` names those of attn_mask, ALiBi
     slopes and sinks that the backward pass shall compute.
     """
     query, key, value, attn_mask, alibi_slopes, sinks = as_arrays(
         _OP, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
     causal = _causal(is_causal, causal_align)
-    features = _features(alibi_slopes=alibi_slopes, sinks=sinks, **features)
+    features = _features(alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, **features)
     out, lse, stats, exact = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
     saved = query, key, value, attn_mask, causal, scale, features, gradients, return_lse, exact, stats
     return ((out, lse) if return_lse else out), saved
+
+
+def _scaled_dot_product_attention_forward(query, key, value, attn_mask, alibi_slopes, sinks, **keywords):
+    """As the tape has it: what has a gradient comes first."""
+    return scaled_dot_product_attention_forward(query, key, value, attn_mask, alibi_slopes=alibi_slopes, sinks=sinks,
+                                                **keywords)
 
 
 def _mask_gradient(gradient, mask):
@@ -207,7 +214,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
                                        _features(alibi_slopes=alibi_slopes, sinks=sinks, **features), out,
                                        1 if return_lse else 0)
     wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
-    return apply(scaled_dot_product_attention_forward, scaled_dot_product_attention_backward,
+    return apply(_scaled_dot_product_attention_forward, scaled_dot_product_attention_backward,
                  query, key, value, attn_mask, alibi_slopes, sinks, is_causal=is_causal, causal_align=causal_align,
                  scale=scale, return_lse=return_lse, out=out, gradients=wanted, **features)
 
@@ -321,9 +328,13 @@ def _turn(heads, rotary, inverse):
     _core.rotary(heads, cos[:, None], sin[:, None], 2 * cos.shape[-1], False, inverse, heads)
 
 
-def packed_attention_forward(qkv, num_heads, num_kv_heads, is_causal=False, scale=None, rotary=None,
+def packed_attention_forward(qkv, num_heads, num_kv_heads=None, is_causal=False, scale=None, rotary=None,
                              window_size=(-1, -1), alibi_slopes=None):
     """Return ``(out, saved)``; `saved` is what :func:`packed_attention_backward` needs."""
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if qkv.ndim != 3 or num_kv_heads < 1 or num_heads < 1 or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
+        raise ValueError(f"packed_attention: qkv must have shape (B, S, (H + 2 Hkv) D) with H = {num_heads} and "
+                         f"Hkv = {num_kv_heads}, got {qkv.shape}")
     if rotary is not None:
         qkv = _core.pooled(np.array, qkv, order="C")
         heads = _heads(qkv, num_heads + 2 * num_kv_heads)
@@ -378,11 +389,6 @@ def packed_attention(qkv, num_heads, num_kv_heads=None, *, is_causal=False, scal
     ValueError
         If the last axis of `qkv` does not divide into the heads.
     """
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    shape = (qkv.data if type(qkv) is Tensor else qkv).shape
-    if len(shape) != 3 or num_kv_heads < 1 or num_heads < 1 or shape[2] % (num_heads + 2 * num_kv_heads):
-        raise ValueError(f"packed_attention: qkv must have shape (B, S, (H + 2 Hkv) D) with H = {num_heads} and "
-                         f"Hkv = {num_kv_heads}, got {shape}")
     return apply(packed_attention_forward, packed_attention_backward, qkv, num_heads=num_heads,
                  num_kv_heads=num_kv_heads, is_causal=is_causal, scale=scale, rotary=rotary, window_size=window_size,
                  alibi_slopes=alibi_slopes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from numformer import _core
 from numformer.ops.arguments import as_array, as_floats, as_integer, same_dtype
-from numformer.tensor import apply
+from numformer.tensor import Tensor, apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
            "dispatch_forward", "load_balancing_loss", "load_balancing_loss_backward", "load_balancing_loss_forward",
@@ -71,6 +71,11 @@ def _check_routing(routing, op):
         raise TypeError(f"{op}: routing must be a Routing, as route gives it, got {type(routing).__name__}")
 
 
+def _values(x):
+    """Those of an array or a Tensor."""
+    return x.data if type(x) is Tensor else x
+
+
 def _token_mask(token_mask, op):
     if token_mask is None:
         return None
@@ -91,6 +96,7 @@ def route_forward(logits, top_k, *, score="softmax", normalize=True, bias=None, 
     if score not in ("softmax", "sigmoid"):
         raise ValueError(f'route: score must be "softmax" or "sigmoid", got {score!r}')
     logits = as_floats(logits, "route", "logits")
+    token_mask = _token_mask(token_mask, "route")
     options = (as_integer(top_k, "route", "top_k"), as_integer(num_groups, "route", "num_groups"),
                as_integer(top_groups, "route", "top_groups"), score == "sigmoid", normalize, scale)
     if capacity is not None:
@@ -172,6 +178,7 @@ def route_expert_choice_forward(logits, capacity, *, token_mask=None, parts=None
     options = (experts, 1, 1, False, False, 1.0)
     if experts == 0:
         raise ValueError(f"{op}: logits must have at least one expert, got shape {logits.shape}")
+    token_mask = _token_mask(token_mask, op)
     _check_mask(token_mask, tokens, op)
     _, probabilities, _, _ = _core.moe_route(logits, *options, None, token_mask, None)
     wish = probabilities.copy()
@@ -265,16 +272,19 @@ def dispatch(x, routing):
     return apply(dispatch_forward, dispatch_backward, x, routing=routing)
 
 
-def combine_forward(y, weight, *, routing):
-    """Return ``(sums, saved)``."""
+def combine_forward(y, routing, weight=None):
+    """Return ``(sums, saved)``; `weight` stands for ``routing.weight``."""
+    _check_routing(routing, "combine")
     y = as_floats(y, "combine", "y")
+    weight = _values(routing.weight) if weight is None else weight
     same_dtype("combine", y=y, weight=weight)
     return _core.moe_combine(y, weight, routing.order), (y, weight, routing.order)
 
 
 def combine_backward(dy, saved):
-    """Return the gradients with respect to `y` and the weights."""
-    return _core.moe_combine_backward(dy, *saved)
+    """Return the gradients with respect to `y`, None, and that with respect to the weights."""
+    dy, dweight = _core.moe_combine_backward(dy, *saved)
+    return dy, None, dweight
 
 
 def combine(y, routing):
@@ -301,14 +311,16 @@ def combine(y, routing):
         If `y` has not the rows of `routing`.
     """
     _check_routing(routing, "combine")
-    return apply(combine_forward, combine_backward, y, routing.weight, routing=routing)
+    return apply(combine_forward, combine_backward, y, routing, routing.weight)
 
 
-def mlp_forward(x, weight, gate_up, down, *, routing, activation="swiglu"):
-    """Return ``(y, saved)``."""
+def mlp_forward(x, routing, gate_up, down, weight=None, *, activation="swiglu"):
+    """Return ``(y, saved)``; `weight` stands for ``routing.weight``."""
+    _check_routing(routing, "mlp")
     if activation != "swiglu":
         raise ValueError(f'mlp: activation must be "swiglu", got {activation!r}')
     x, gate_up, down = as_floats(x, "mlp", "x"), as_floats(gate_up, "mlp", "gate_up"), as_floats(down, "mlp", "down")
+    weight = _values(routing.weight) if weight is None else weight
     same_dtype("mlp", x=x, weight=weight, gate_up=gate_up, down=down)
     experts = len(routing.counts)
     if x.ndim != 2 or len(x) != len(routing.row):
@@ -326,7 +338,7 @@ def mlp_forward(x, weight, gate_up, down, *, routing, activation="swiglu"):
 
 
 def mlp_backward(dy, saved):
-    """Return the gradients with respect to x, the weights, gate_up and down.
+    """Return the gradients with respect to x, None, those to gate_up, down and the weights.
 
     With a = silu(gate) * up, y = sum_j w_j down a_j and da = down^T dy of each row: dw = da . a, ddown = dy (w a)^T,
     and w da goes on through the gate. So of the inside only the pre-activation is needed (SonicMoE, arXiv:2512.14080).
@@ -339,7 +351,7 @@ def mlp_backward(dy, saved):
     ddown = _core.grouped_outer(dy, acted, offsets)
     dgate_up = _core.grouped_outer(dhidden, _core.moe_dispatch(x, order), offsets)
     drows = _core.grouped_linear(dhidden, gate_up, offsets, None, True)
-    return _core.moe_dispatch_backward(drows, order), dweight, dgate_up, ddown
+    return _core.moe_dispatch_backward(drows, order), None, dgate_up, ddown, dweight
 
 
 def mlp(x, routing, gate_up, down, *, activation="swiglu"):
@@ -368,21 +380,23 @@ def mlp(x, routing, gate_up, down, *, activation="swiglu"):
         If a shape does not fit, or the activation is another.
     """
     _check_routing(routing, "mlp")
-    return apply(mlp_forward, mlp_backward, x, routing.weight, gate_up, down, routing=routing, activation=activation)
+    return apply(mlp_forward, mlp_backward, x, routing, gate_up, down, routing.weight, activation=activation)
 
 
-def load_balancing_loss_forward(probabilities, *, chosen, top_k, tokens, form="switch", score="softmax"):
-    """Return ``(loss, saved)``."""
-    experts = probabilities.shape[1]
+def load_balancing_loss_forward(routing, probabilities=None, *, form="switch"):
+    """Return ``(loss, saved)``; `probabilities` stand for ``routing.probabilities``."""
+    _check_routing(routing, "load_balancing_loss")
+    probabilities = _values(routing.probabilities) if probabilities is None else probabilities
+    experts, top_k, tokens = probabilities.shape[1], routing.row.shape[1], routing.tokens
     divide = {"switch": tokens * top_k, "mixtral": tokens}
     if form not in divide:
         raise ValueError(f'load_balancing_loss: form must be "switch" or "mixtral", got {form!r}')
     if tokens == 0:
         return np.zeros((), probabilities.dtype), (probabilities, np.zeros(experts, probabilities.dtype), None)
     # E f_i / T: the loss is the sum over tokens of coefficient . probabilities.
-    coefficient = (chosen * (experts / (divide[form] * tokens))).astype(probabilities.dtype)
+    coefficient = (routing.chosen * (experts / (divide[form] * tokens))).astype(probabilities.dtype)
     sums = None
-    if score == "sigmoid":
+    if routing.score == "sigmoid":
         sums = probabilities.sum(1, keepdims=True)
         sums[sums == 0] = 1             # padding
         mean = (probabilities / sums).sum(0)
@@ -392,13 +406,13 @@ def load_balancing_loss_forward(probabilities, *, chosen, top_k, tokens, form="s
 
 
 def load_balancing_loss_backward(dy, saved):
-    """Return the gradient with respect to the probabilities, in a tuple."""
+    """Return None and the gradient with respect to the probabilities."""
     probabilities, coefficient, sums = saved
     coefficient = coefficient * dy
     if sums is None:
-        return (np.broadcast_to(coefficient, probabilities.shape),)
+        return None, np.broadcast_to(coefficient, probabilities.shape)
     weighted = (probabilities * coefficient).sum(1, keepdims=True)
-    return ((coefficient - weighted / sums) / sums,)
+    return None, (coefficient - weighted / sums) / sums
 
 
 def load_balancing_loss(routing, *, form="switch"):
@@ -428,9 +442,7 @@ def load_balancing_loss(routing, *, form="switch"):
         If `form` is another.
     """
     _check_routing(routing, "load_balancing_loss")
-    return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing.probabilities,
-                 chosen=routing.chosen, top_k=routing.row.shape[1], tokens=routing.tokens, form=form,
-                 score=routing.score)
+    return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing, routing.probabilities, form=form)
 
 
 def router_z_loss_forward(logits, *, token_mask=None):
@@ -439,6 +451,7 @@ def router_z_loss_forward(logits, *, token_mask=None):
     if logits.ndim != 2 or logits.shape[1] == 0:
         raise ValueError(f"router_z_loss: logits must have shape (T, E) with E > 0, got {logits.shape}")
     tokens = len(logits)
+    token_mask = _token_mask(token_mask, "router_z_loss")
     _check_mask(token_mask, tokens, "router_z_loss")
     with np.errstate(all="ignore"):
         most = logits.max(1, keepdims=True)
@@ -483,5 +496,4 @@ def router_z_loss(logits, *, token_mask=None):
     ValueError
         If `logits` has not two axes and an expert, or `token_mask` not the shape (T,).
     """
-    return apply(router_z_loss_forward, router_z_loss_backward, logits,
-                 token_mask=_token_mask(token_mask, "router_z_loss"))
+    return apply(router_z_loss_forward, router_z_loss_backward, logits, token_mask=token_mask)

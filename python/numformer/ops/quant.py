@@ -21,8 +21,22 @@ _ACTIVATIONS = {None: (0, None, None),
 _COMPUTE = {"int8": True, "float32": False}
 
 
-def linear_forward(x, bias, qweight, *, compute="int8", activation=None, out=None, keep=True):
+def _check_options(qweight, compute, activation):
+    if not hasattr(qweight, "packed"):
+        raise TypeError(f"quant.linear: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
+                        f"make one with quant.quantize(weight, spec)")
+    if compute not in _COMPUTE:
+        raise ValueError(f'quant.linear: compute must be "int8" or "float32", got {compute!r}')
+    if activation not in _ACTIVATIONS:
+        names = ", ".join(map(repr, filter(None, _ACTIVATIONS)))
+        raise ValueError(f"quant.linear: activation must be None, {names}, got {activation!r}")
+
+
+def linear_forward(x, qweight, bias=None, *, compute="int8", activation=None, out=None, keep=True):
     """Return ``(y, saved)``; `saved` is what :func:`linear_backward` needs, where `keep`."""
+    _check_options(qweight, compute, activation)
+    x = as_array(x, "quant.linear", "x")
+    bias = None if bias is None else as_array(bias, "quant.linear", "bias")
     number, forward, _ = _ACTIVATIONS[activation]
     integers = _COMPUTE[compute]
     if not keep or forward is None:
@@ -35,13 +49,13 @@ def linear_forward(x, bias, qweight, *, compute="int8", activation=None, out=Non
 
 
 def linear_backward(dy, saved):
-    """Return the gradients with respect to `x` and `bias` (None where there is none), and None."""
+    """Return the gradient with respect to `x`, None, and that with respect to `bias` (None where there is none)."""
     qweight, bias, activation, inner = saved
     if activation is not None:
         dy = _ACTIVATIONS[activation][2](dy, inner)[0]
     rows, weight = as_rows(dy), qweight.dequantize()
     dx = _core.product(rows, weight, None, False).reshape(*dy.shape[:-1], weight.shape[1])
-    return dx, None if bias is None else _core.sum_rows(rows), None
+    return dx, None, None if bias is None else _core.sum_rows(rows)
 
 
 def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
@@ -80,22 +94,9 @@ def linear(x, qweight, bias=None, *, compute="int8", activation=None, out=None):
     There is a gradient with respect to `x` (dy W, rounding taken as the identity: straight-through) and to `bias`;
     none to the weight.
     """
-    if not hasattr(qweight, "packed"):
-        raise TypeError(f"quant.linear: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
-                        f"make one with quant.quantize(weight, spec)")
-    if compute not in _COMPUTE:
-        raise ValueError(f'quant.linear: compute must be "int8" or "float32", got {compute!r}')
-    if activation not in _ACTIVATIONS:
-        names = ", ".join(map(repr, filter(None, _ACTIVATIONS)))
-        raise ValueError(f"quant.linear: activation must be None, {names}, got {activation!r}")
-    if type(x) is not Tensor:
-        x = as_array(x, "quant.linear", "x")
-    if bias is not None and type(bias) is not Tensor:
-        bias = as_array(bias, "quant.linear", "bias")
-    if type(x) is not Tensor and type(bias) is not Tensor:
-        return _core.quant_linear(x, qweight.packed(), bias, _COMPUTE[compute], _ACTIVATIONS[activation][0], out)
-    keep = is_recording() and any(t.requires_grad for t in (x, bias) if type(t) is Tensor)
-    return apply(linear_forward, linear_backward, x, bias, qweight, compute=compute, activation=activation, out=out,
+    recorded = [t for t in (x, bias) if type(t) is Tensor]
+    keep = is_recording() and any(t.requires_grad for t in recorded)
+    return apply(linear_forward, linear_backward, x, qweight, bias, compute=compute, activation=activation, out=out,
                  keep=keep)
 
 

@@ -33,13 +33,11 @@ def _tokens(x):
 def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, alibi_slopes=None, sinks=None, *,
                              return_lse=False, out=None, **keywords):
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
-    if "kv_lengths" in keywords:
-        raise TypeError("attention_varlen: kv_lengths is for padded keys; how many a sequence has, cu_seqlens_k says")
     query, key, value = (_heads(x, "attention_varlen", name) for x, name in
                          ((query, "query"), (key, "key"), (value, "value")))
     cu_seqlens_q, cu_seqlens_k = as_arrays("attention_varlen", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     (heads, lse), saved = attention.scaled_dot_product_attention_forward(
-        query, key, value, None, alibi_slopes, sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        query, key, value, alibi_slopes=alibi_slopes, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
         return_lse=True, out=_place(out, "attention_varlen"), **keywords)
     out = _tokens(heads) if out is None else out
     return ((out, _tokens(lse)) if return_lse else out), (saved, return_lse)
@@ -57,7 +55,7 @@ def attention_varlen_backward(dy, saved):
 
 def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p=0.0, is_causal=False, scale=None,
                      enable_gqa=False, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0,
-                     alibi_slopes=None, sinks=None, rng=None, return_lse=False, out=None):
+                     alibi_slopes=None, sinks=None, kv_lengths=None, rng=None, return_lse=False, out=None):
     """Compute :func:`scaled_dot_product_attention` for sequences that lie one behind the other.
 
     A sequence sees itself alone, and has the bits that it would have in a call of its own, where dropout is off.
@@ -71,8 +69,9 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
         Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``; the first is 0, the last Tq.
     cu_seqlens_k : int array, (B + 1,)
         The same of keys and values.
-    dropout_p, is_causal, scale, enable_gqa, causal_align, window_size, softcap, alibi_slopes, sinks, rng
-        As there; positions count in each sequence, `alibi_slopes` is (H,) or (B, H).
+    dropout_p, is_causal, scale, enable_gqa, causal_align, window_size, softcap, alibi_slopes, sinks, kv_lengths, rng
+        As there; positions count in each sequence, `alibi_slopes` is (H,) or (B, H). `kv_lengths`, (B,), is for
+        sequences whose last keys are padding.
     return_lse : bool
         Return ``(out, lse)``, lse (Tq, H).
     out : ndarray, (Tq, H, Dv), C-contiguous, optional
@@ -99,12 +98,22 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
     wanted = tuple(name for name, x in sides.items() if type(x) is Tensor and x.requires_grad)
     return apply(attention_varlen_forward, attention_varlen_backward, query, key, value, cu_seqlens_q, cu_seqlens_k,
                  alibi_slopes, sinks, dropout_p=dropout_p, is_causal=is_causal, scale=scale, causal_align=causal_align,
-                 window_size=window_size, softcap=softcap, rng=rng, return_lse=return_lse, out=out, gradients=wanted)
+                 window_size=window_size, softcap=softcap, kv_lengths=kv_lengths, rng=rng, return_lse=return_lse,
+                 out=out, gradients=wanted)
 
 
-def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, is_causal=False,
-                    scale=None, enable_gqa=False, causal_align="bottom_right", window_size=(-1, -1), softcap=0.0,
-                    alibi_slopes=None, sinks=None, key_scale=None, value_scale=None, return_lse=False, out=None):
+def _shorter(kv_lengths, cache_seqlens):
+    """`kv_lengths`, where none is longer than its sequence in the cache."""
+    kv_lengths, most = as_arrays("paged_attention", kv_lengths=kv_lengths, cache_seqlens=cache_seqlens)
+    if kv_lengths.shape != most.shape or (kv_lengths > most).any():
+        raise ValueError(f"paged_attention: kv_lengths must be at most cache_seqlens, {most}, got {kv_lengths}")
+    return kv_lengths
+
+
+def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *, cu_seqlens_q=None, dropout_p=0.0,
+                    is_causal=False, scale=None, enable_gqa=False, causal_align="bottom_right", window_size=(-1, -1),
+                    softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, rng=None, key_scale=None,
+                    value_scale=None, return_lse=False, out=None):
     """Attend to keys and values that are cached in blocks (Kwon et al. 2023, arXiv:2309.06180); no gradient.
 
     Decoding steps and pieces of prompts may be mixed in one call. The result has the bits of
@@ -124,9 +133,10 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
         Tokens of each sequence in the cache. What stands in its blocks behind them is never read.
     cu_seqlens_q : int array, (B + 1,), optional
         Sequence b has the queries ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``, the same number or different ones.
-    is_causal, scale, enable_gqa, causal_align, window_size, softcap, alibi_slopes, sinks
+    dropout_p, is_causal, scale, enable_gqa, causal_align, window_size, softcap, alibi_slopes, sinks, kv_lengths, rng
         As in :func:`scaled_dot_product_attention`: several queries of a sequence see each other's keys unless
-        `is_causal`; a single one is the last, and sees all.
+        `is_causal`; a single one is the last, and sees all. `kv_lengths`, (B,), is for sequences of which only the
+        first tokens in the cache shall count.
     key_scale, value_scale : array_like, (blocks, block_size) or (blocks, block_size, Hkv), float32
         Of int8 caches, and of these alone: what the row of a token, or of one of its heads, is multiplied by. The
         kernel multiplies the score by the one and the weight by the other, so the result is that of the multiplied
@@ -161,10 +171,12 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
             raise ValueError(f"{op}: {name} must be an array (blocks, block_size, heads, head_dim), got {x.shape}")
     if scale is not None and type(scale) is not float:
         scale = as_number(scale, op, "scale")
+    if kv_lengths is not None:
+        cache_seqlens = _shorter(kv_lengths, cache_seqlens)
     packed = cu_seqlens_q is not None
     features = attention._features(
-        window_size, softcap, alibi_slopes, sinks, cache_seqlens, cu_seqlens_q=cu_seqlens_q, block_table=block_table,
-        key_scale=key_scale, value_scale=value_scale)
+        window_size, softcap, alibi_slopes, sinks, cache_seqlens, dropout_p, rng, cu_seqlens_q=cu_seqlens_q,
+        block_table=block_table, key_scale=key_scale, value_scale=value_scale)
     result = _core.attention_forward(
         _heads(query, op, "query") if packed else query, key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2), None,
         scale, attention._causal(is_causal, causal_align), features,
