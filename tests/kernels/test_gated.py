@@ -49,6 +49,23 @@ def test_gated_units_match_the_float64_formula(shape, dtype):
             np.testing.assert_allclose(y, oracle.gelu(gate.astype(float) + bias, form), rtol=2 * tolerance, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 3e-3, -1e10, 3e38])
+def test_what_a_gate_near_underflow_lets_through_is_as_precise_as_the_rest(size):
+    gate = np.concatenate([np.linspace(-104, -2, 50000), [-3.75, -4.9, -5.3, -9, -12, -75]]).astype(np.float32)
+    up = np.full_like(gate, size)
+    for name, op, _ in forms():
+        found = []
+        for dtype in (np.float32, np.float64):
+            g, u = nf.Tensor(gate.astype(dtype)), nf.Tensor(up.astype(dtype), requires_grad=True)
+            y = op(g, u)
+            y.backward(up.astype(dtype))
+            found.append((y.numpy(), u.grad))
+        gates = op(gate.astype(np.float64), np.ones(gate.shape))
+        there = np.abs(gates) >= np.finfo(np.float32).smallest_subnormal
+        for got, want in zip(*found):
+            assert oracle.ulps(got, want)[there].max() <= 3, name
+
+
 def test_halves_of_one_array_give_the_bits_of_whole_ones(threads):
     h = normal(70, 2 * 97)
     dy = normal(70, 97, seed=3)
