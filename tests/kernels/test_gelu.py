@@ -57,6 +57,28 @@ def test_an_unknown_form_is_named_in_the_error():
         nf.gelu(np.zeros(3), approximate="fast")
 
 
+@pytest.mark.parametrize("op", [nf.gelu, nf.silu])
+def test_an_out_that_does_not_fit_is_named(op):
+    x, name = np.ones((2, 3), np.float32), op.__name__
+    read_only = np.broadcast_to(np.float32(1), (2, 3))
+    for out, error, says in (([0], TypeError, "an ndarray, got list"),
+                             (np.ones((2, 3)), TypeError, "float32, got float64"),
+                             (np.ones((2, 2, 3), np.float32), ValueError, r"shape \(2, 3\), got \(2, 2, 3\)"),
+                             (read_only, ValueError, "writeable")):
+        with pytest.raises(error, match=f"{name}: out must (be|have) {says}"):
+            op(x, out=out)
+    assert op(x, out=x) is x
+
+
+@pytest.mark.parametrize("op", [
+    nf.gelu, nf.silu, lambda x, out: nf.rotary_embedding(x, np.ones((2, 2)), np.ones((2, 2)), out=out)])
+def test_a_tensor_is_not_written_over(op):
+    x = nf.Tensor(np.ones((2, 4)), requires_grad=True)
+    with pytest.raises(ValueError, match="out must not share memory with x where that is a Tensor"):
+        op(x, out=x.data[...])
+    assert (x.data == 1).all()
+
+
 def everywhere():
     """float32 numbers spread evenly over all there are, where the forms bend, and where another way begins."""
     spread = np.linspace(0, 2**32 - 1, 200000).astype(np.uint32).view(np.float32)

@@ -67,6 +67,26 @@ def same_dtype(op, **arrays):
         raise TypeError(f"{op}: all arrays must have the same dtype, got {came}; convert with .astype")
 
 
+def check_out(out, x, op):
+    """TypeError or ValueError unless `out`, where one is given, can hold a result of the shape and dtype of `x`."""
+    if out is None:
+        return
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{op}: out must be an ndarray, got {type(out).__name__}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"{op}: out must be {x.dtype}, got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"{op}: out must have shape {x.shape}, got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError(f"{op}: out must be writeable; give a fresh array")
+
+
+def check_apart(out, x, op):
+    """ValueError where `out` is memory of `x`, the values of a Tensor: what is recorded would read them later."""
+    if isinstance(out, np.ndarray) and np.shares_memory(out, x):
+        raise ValueError(f"{op}: out must not share memory with x where that is a Tensor; give a fresh array")
+
+
 def as_rows(x):
     """An array of one axis and more as a matrix of its rows."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])      # -1 is no number where an axis is 0

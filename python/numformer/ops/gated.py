@@ -1,8 +1,8 @@
 """SiLU and the gated units: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats
+from numformer.ops.arguments import as_floats, check_apart, check_out
 from numformer.ops.gelu import unknown_form
-from numformer.tensor import apply
+from numformer.tensor import Tensor, apply
 
 __all__ = ["geglu", "geglu_backward", "geglu_forward", "silu", "silu_backward", "silu_forward", "swiglu",
            "swiglu_backward", "swiglu_forward", "swiglu_halves", "swiglu_halves_backward", "swiglu_halves_forward"]
@@ -13,6 +13,7 @@ _FORMS = {"none": 1, "tanh": 2, "quick": 3}     # of _core.gated; 0 is SwiGLU
 def silu_forward(x, *, out=None):
     """Return ``(y, saved)``; `saved` is what :func:`silu_backward` needs."""
     x = as_floats(x, "silu", "x")
+    check_out(out, x, "silu")
     return _core.pooled(_core.silu, x, out=out), x
 
 
@@ -37,8 +38,12 @@ def silu(x, *, out=None):
     Raises
     ------
     TypeError
-        If `x` is not float32 or float64.
+        If `x` is not float32 or float64, or `out` no array of its dtype.
+    ValueError
+        If `out` is not of the shape of `x`, not writeable or part of a Tensor `x`.
     """
+    if out is not None and type(x) is Tensor:
+        check_apart(out, x.data, "silu")
     return apply(silu_forward, silu_backward, x, out=out)
 
 

@@ -1,7 +1,7 @@
 """GeLU, the Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats
-from numformer.tensor import apply
+from numformer.ops.arguments import as_floats, check_apart, check_out
+from numformer.tensor import Tensor, apply
 
 __all__ = ["bias_gelu", "bias_gelu_backward", "bias_gelu_forward", "gelu", "gelu_backward", "gelu_forward"]
 
@@ -20,6 +20,7 @@ def gelu_forward(x, approximate="none", *, out=None):
     x = as_floats(x, "gelu", "x")
     if approximate not in _FORWARD:
         raise unknown_form("gelu", approximate)
+    check_out(out, x, "gelu")
     return _core.pooled(_FORWARD[approximate], x, out=out), (x, approximate)
 
 
@@ -50,10 +51,13 @@ def gelu(x, approximate="none", *, out=None):
     Raises
     ------
     ValueError
-        If `approximate` is not one of the names above.
+        If `approximate` is not one of the names above, or `out` not of the shape of `x`, not writeable or part of a
+        Tensor `x`.
     TypeError
-        If `x` is not float32 or float64.
+        If `x` is not float32 or float64, or `out` no array of its dtype.
     """
+    if out is not None and type(x) is Tensor:
+        check_apart(out, x.data, "gelu")
     return apply(gelu_forward, gelu_backward, x, approximate=approximate, out=out)
 
 

@@ -2,8 +2,8 @@
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_integer
-from numformer.tensor import apply
+from numformer.ops.arguments import as_array, as_integer, check_apart
+from numformer.tensor import Tensor, apply
 
 __all__ = ["rotary_embedding", "rotary_embedding_backward", "rotary_embedding_forward"]
 
@@ -60,5 +60,7 @@ def rotary_embedding(x, cos, sin, *, interleaved=False, rotary_dim=None, out=Non
     ValueError
         If the shapes do not fit, `rotary_dim` is odd or above D, or `out` is not as above.
     """
+    if out is not None and type(x) is Tensor:
+        check_apart(out, x.data, "rotary_embedding")
     return apply(rotary_embedding_forward, rotary_embedding_backward, x, cos, sin, interleaved=interleaved,
                  rotary_dim=rotary_dim, out=out)
