@@ -3,6 +3,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,10 @@ class AdamW:
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1):
-        self.params = [params] if type(params) is Tensor else list(params)
+        self.params = _tensors(params, "AdamW")
         if not self.params:
             raise ValueError("AdamW: no parameters")
         for p in self.params:
-            if type(p) is not Tensor:
-                raise TypeError(f"AdamW: params must be Tensors, got {type(p).__name__}; give model.parameters()")
             if p.is_made:
                 raise ValueError(f"AdamW: a Tensor of shape {p.shape} was computed by an op, and gets no gradient "
                                  "of its own: give the Tensors that it was computed from")
@@ -49,7 +48,8 @@ class AdamW:
         for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not as_number(number, "AdamW", name) >= 0:
                 raise ValueError(f"AdamW: {name} must be 0 or more, got {number}")
-        if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        if np.ndim(betas) != 1 or len(betas) != 2 or not all(0 <= as_number(b, "AdamW", "each of betas") < 1
+                                                             for b in betas):
             raise ValueError(f"AdamW: betas must be two numbers in [0, 1), got {betas}")
         self.lr, self.betas, self.eps, self.weight_decay = lr, tuple(betas), eps, weight_decay
         self.steps = 0
@@ -69,11 +69,23 @@ class AdamW:
         -------
         float or None
             The norm before clipping, where `max_norm` is given.
+
+        Raises
+        ------
+        ValueError
+            If a gradient has not the shape and dtype of its parameter, or `max_norm` is below 0; nothing is changed
+            then.
         """
         chosen = [i for i, p in enumerate(self.params) if p.grad is not None]
+        for i in chosen:
+            p = self.params[i]
+            if p.grad.shape != p.data.shape or p.grad.dtype != p.data.dtype:
+                raise ValueError(f"AdamW: the gradient of parameter {i} must be {p.dtype} of shape {p.shape}, as that "
+                                 f"is, got {p.grad.dtype} {p.grad.shape}")
         grads = [self.params[i].grad for i in chosen]
         norm, scale = None, 1.0
         if max_norm is not None:
+            check_max_norm(max_norm, "AdamW")
             norm = global_norm(grads)
             scale = _clip_factor(norm, max_norm)
         self.steps += 1
@@ -124,6 +136,21 @@ def whole_state(state):
     return {**state, "counts": np.repeat(state["steps"], sum(name.startswith("m.") for name in state))}
 
 
+def _tensors(params, op):
+    """One Tensor or some as a list."""
+    params = list(params) if isinstance(params, Iterable) and type(params) is not Tensor else [params]
+    for p in params:
+        if type(p) is not Tensor:
+            raise TypeError(f"{op}: params must be Tensors, got {type(p).__name__}; give model.parameters()")
+    return params
+
+
+def check_max_norm(max_norm, op):
+    """TypeError or ValueError unless it is a number, 0 or more: below, it would turn the gradients round."""
+    if not as_number(max_norm, op, "max_norm") >= 0:
+        raise ValueError(f"{op}: max_norm must be 0 or more, got {max_norm}")
+
+
 def _clip_factor(norm, max_norm):
     return max_norm / (norm + 1e-6) if norm > max_norm else 1.0
 
@@ -143,8 +170,16 @@ def clip_grad_norm(params, max_norm):
     -------
     float
         The Euclidean norm of all gradients together, before.
+
+    Raises
+    ------
+    TypeError
+        If `params` are no Tensors, or `max_norm` is no number.
+    ValueError
+        If `max_norm` is below 0.
     """
-    params = [params] if type(params) is Tensor else list(params)
+    params = _tensors(params, "clip_grad_norm")
+    check_max_norm(max_norm, "clip_grad_norm")
     norm = global_norm([p.grad for p in params if p.grad is not None])
     factor = _clip_factor(norm, max_norm)
     if factor < 1:
@@ -222,6 +257,8 @@ class Trainer:
         for name, number in (("accumulate", accumulate), ("every", every)):
             if number < 1:
                 raise ValueError(f"Trainer: {name} must be 1 or more, got {number}")
+        if max_norm is not None:
+            check_max_norm(max_norm, "Trainer")
         if checkpoint is not None:          # said now, and not when the first one is due
             check_resumable(batches, "Trainer: batches", "numformer.data.Batches")
         self.model, self.batches, self.optimizer, self.steps = model, batches, optimizer, steps

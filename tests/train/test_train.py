@@ -127,6 +127,15 @@ def test_zero_grad_and_bad_arguments():
     for betas in ((1.0, 0.9), (0.9, -0.1), (0.9,)):
         with pytest.raises(ValueError, match=r"betas must be two numbers in \[0, 1\), got"):
             train.AdamW([x], 0.1, betas=betas)
+    for betas in (0.9, None, "ab"):
+        with pytest.raises(ValueError, match=r"AdamW: betas must be two numbers in \[0, 1\), got"):
+            train.AdamW([x], 0.1, betas=betas)
+    with pytest.raises(TypeError, match="AdamW: each of betas must be a real number, got 'a'"):
+        train.AdamW([x], 0.1, betas=(0.9, "a"))
+    for call, name in ((train.AdamW, "AdamW"), (train.clip_grad_norm, "clip_grad_norm")):
+        for params in (5, np.ones(3), [np.ones(3)], Toy()):
+            with pytest.raises(TypeError, match=rf"{name}: params must be Tensors, got .*; give model.parameters\(\)"):
+                call(params, 0.1)
     for name in ("lr", "eps", "weight_decay"):
         with pytest.raises(ValueError, match=f"AdamW: {name} must be 0 or more, got -0.1"):
             train.AdamW([x], **{"lr": 0.1, name: -0.1})
@@ -134,6 +143,29 @@ def test_zero_grad_and_bad_arguments():
             train.AdamW([x], **{"lr": 0.1, name: None})
     with pytest.raises(ValueError, match="other parameters"):
         optimizer.load_state_dict(train.AdamW([leaf(4, rng=np.random.default_rng(0))], 0.1).state_dict())
+
+
+@pytest.mark.parametrize(("max_norm", "error"), [(-1, ValueError), (np.nan, ValueError), ("1", TypeError)])
+def test_a_norm_that_would_turn_gradients_round_is_refused(max_norm, error):
+    x = leaf(3, rng=np.random.default_rng(0))
+    before = x.data.copy(), x.grad.copy()
+    optimizer = train.AdamW(x, 0.1)
+    for name, call in (("AdamW", optimizer.step), ("clip_grad_norm", lambda n: train.clip_grad_norm(x, n)),
+                       ("Trainer", lambda n: train.Trainer(Toy(), iter([]), optimizer, 5, max_norm=n))):
+        with pytest.raises(error, match=f"{name}: max_norm must be"):
+            call(max_norm)
+    assert (x.data == before[0]).all() and (x.grad == before[1]).all() and optimizer.steps == 0
+
+
+@pytest.mark.parametrize("gradient", [np.ones(3, np.float64), np.ones(4, np.float32)])
+def test_a_step_of_a_gradient_that_does_not_fit_changes_nothing(gradient):
+    rng = np.random.default_rng(0)
+    params = [leaf(2, rng=rng), leaf(3, rng=rng)]
+    optimizer, before = train.AdamW(params, 0.1), params[0].data.copy()
+    params[1].grad = gradient
+    with pytest.raises(ValueError, match=r"AdamW: the gradient of parameter 1 must be float32 of shape \(3,\)"):
+        optimizer.step()
+    assert (params[0].data == before).all() and optimizer.steps == 0 and not optimizer.counts.any()
 
 
 def test_schedules_by_their_definitions():
