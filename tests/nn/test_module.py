@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 
@@ -67,6 +69,11 @@ def test_a_leaf_that_an_op_computed_is_a_parameter():
     model.weight = nf.Tensor(np.ones(3)) * 2.0
     model.weight.requires_grad = True
     assert model.parameters() == [model.weight]
+    model.weight.requires_grad = False      # frozen
+    for same in (model, copy.deepcopy(model)):
+        assert list(same.state_dict()) == ["weight"]
+    with pytest.raises(TypeError, match="only floats have gradients, got int64"):
+        nf.Tensor(np.arange(3)).requires_grad = True
 
 
 def test_a_state_dict_goes_back():
