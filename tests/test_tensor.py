@@ -257,6 +257,36 @@ def test_a_gradient_of_a_wrong_shape_is_an_error():
         x.backward(np.ones(3))
 
 
+class Exported:
+    """What has nothing but DLPack."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __dlpack__(self, **keywords):
+        return self.x.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self.x.__dlpack_device__()
+
+
+@pytest.mark.parametrize("given", [
+    Exported(np.arange(3.0)), np.frombuffer(b"\0" + np.arange(3.0).tobytes(), np.uint8)[1:].view(np.float64),
+    np.arange(3.0, dtype=">f8"), np.arange(3), [0, 1, 2], Tensor(np.arange(3.0)), np.arange(3.0)[::-1].copy()[::-1]])
+def test_backward_takes_a_gradient_of_any_layout(given):
+    x = leaf(1.0, 2.0, 3.0)
+    nf.softmax(x).backward(given)
+    again = leaf(1.0, 2.0, 3.0)
+    nf.softmax(again).backward(np.arange(3.0))
+    np.testing.assert_array_equal(x.grad, again.grad)
+
+
+@pytest.mark.parametrize("given", [np.ones(3) * 1j, ["1", "2", "3"], {}, object()])
+def test_backward_refuses_a_gradient_that_is_no_array_of_real_numbers(given):
+    with pytest.raises(TypeError, match="backward: gradient must be of real numbers, got"):
+        nf.softmax(leaf(1.0, 2.0, 3.0)).backward(given)
+
+
 def test_only_floats_have_gradients():
     with pytest.raises(TypeError, match="int64"):
         Tensor(np.arange(3), requires_grad=True)
