@@ -69,12 +69,14 @@ run(nf_row_kernel *kernel, const void *args, const loss_rows *r, const char *op)
 }
 
 /* (logits, targets, ignore_index, smoothing, z_loss, scale, sign, reduction)
-   -> (loss, lse, targets as int64, count): loss () or the shape of targets */
+   -> (loss, lse, targets as int64, count): loss () or the shape of targets. sign is -1 for
+   token_log_probs, which errors name. */
 static PyObject *
 cross_entropy(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     (void)module;
-    static const char op[] = "cross_entropy";
+    const int negative = count == 8 && number(args[6]) < 0;
+    const char *const op = negative ? "token_log_probs" : "cross_entropy";
     loss_rows r = {0};
     PyArrayObject *loss = NULL, *lse = NULL, *sum = NULL;
     PyObject *result = NULL;

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 
@@ -185,7 +187,8 @@ def test_bad_inputs_are_named():
         wrong = t.copy()
         wrong[1, 1] = bad
         for op in (nf.cross_entropy, nf.token_log_probs):
-            with pytest.raises(ValueError, match=rf"targets must be within 0 .. 3, got {bad} at position 4"):
+            message = rf"^{op.__name__}: targets must be within 0 .. 3, got {bad} at position 4"
+            with pytest.raises(ValueError, match=message):
                 op(x, wrong)
     with pytest.raises(ValueError, match=r"targets must have shape \(2, 3\), got \(3, 2\)"):
         nf.cross_entropy(x, t.T)
@@ -199,6 +202,20 @@ def test_bad_inputs_are_named():
         nf.cross_entropy(x, t, label_smoothing=1.5)
     with pytest.raises(ValueError, match="dimension"):
         nf.cross_entropy(np.zeros(()), t)
+    calls = {"cross_entropy": functools.partial(nf.cross_entropy, x, t),
+             "linear_cross_entropy": functools.partial(nf.linear_cross_entropy, x, np.ones((5, 4)), t)}
+    for op, call in calls.items():
+        for option in ("label_smoothing", "z_loss"):
+            with pytest.raises(TypeError, match=f"^{op}: {option} must be a real number, got '0'"):
+                call(**{option: "0"})
+        with pytest.raises(TypeError, match=f"^{op}: ignore_index must be an integer, got 1.5"):
+            call(ignore_index=1.5)
+    for op, call in (("token_log_probs", functools.partial(nf.token_log_probs, x, t)),
+                     ("softmax_entropy", functools.partial(nf.softmax_entropy, x))):
+        with pytest.raises(TypeError, match=f"^{op}: temperature must be a real number, got None"):
+            call(temperature=None)
+    with pytest.raises(TypeError, match=r"^token_log_probs: logits must be float32 or float64"):
+        nf.token_log_probs(x.astype(int), t)
     for temperature in (0, -1, np.nan):
         with pytest.raises(ValueError, match="temperature"):
             nf.token_log_probs(x, t, temperature=temperature)

@@ -76,6 +76,9 @@ def test_bad_arguments_are_named():
     for p in (-0.1, 1.5, np.nan):
         with pytest.raises(ValueError, match="p must be between 0 and 1"):
             nf.dropout(x, p, rng)
+    for call in (lambda p: nf.dropout(x, p, rng), lambda p: nf.nn.Dropout(p, rng=rng)):
+        with pytest.raises(TypeError, match=r"(?i)dropout: p must be a real number, got None"):
+            call(None)
     with pytest.raises(TypeError, match="rng must be a numpy"):
         nf.dropout(x, 0.5, None)
     with pytest.raises(TypeError, match="rng must be a numpy"):

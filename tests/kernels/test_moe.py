@@ -304,6 +304,7 @@ def test_no_token_at_all():
     (dict(top_k=2, capacity=-1), ValueError, "capacity"),
     (dict(top_k=2.0), TypeError, "route: top_k must be an integer, got 2.0"),
     (dict(top_k=2, capacity=1.5), TypeError, "route: capacity must be an integer, got 1.5"),
+    (dict(top_k=2, scale="2"), TypeError, "route: scale must be a real number, got .2."),
 ])
 def test_bad_options_are_named(options, error, message):
     with pytest.raises(error, match=message):

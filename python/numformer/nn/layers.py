@@ -4,6 +4,7 @@ import numpy as np
 import numformer as nf
 from numformer.nn import init
 from numformer.nn.module import Module
+from numformer.ops.arguments import as_number
 from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor
 
@@ -83,7 +84,7 @@ class Dropout(Module):
     """
 
     def __init__(self, p, *, rng):
-        if not 0 <= p < 1:
+        if not 0 <= as_number(p, "Dropout", "p") < 1:
             raise ValueError(f"Dropout: p must be in [0, 1), got {p}")
         self.p = p
         self.rng = rng

@@ -2,7 +2,7 @@
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array
+from numformer.ops.arguments import as_array, as_integer, as_number
 from numformer.tensor import apply
 
 __all__ = ["cross_entropy", "cross_entropy_backward", "cross_entropy_forward", "softmax_entropy",
@@ -10,6 +10,14 @@ __all__ = ["cross_entropy", "cross_entropy_backward", "cross_entropy_forward", "
            "token_log_probs_forward"]
 
 _REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def loss_options(op, ignore_index, label_smoothing, z_loss):
+    """The three as an int and floats. TypeError or ValueError for what they cannot be."""
+    ignore_index, z_loss = as_integer(ignore_index, op, "ignore_index"), as_number(z_loss, op, "z_loss")
+    if not 0 <= as_number(label_smoothing, op, "label_smoothing") <= 1:
+        raise ValueError(f"{op}: label_smoothing must be within 0 .. 1, got {label_smoothing}")
+    return ignore_index, float(label_smoothing), z_loss
 
 
 def cross_entropy_forward(logits, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
@@ -20,8 +28,7 @@ def cross_entropy_forward(logits, targets, ignore_index=-100, label_smoothing=0.
         targets = as_array(targets, "cross_entropy", "targets")
     if reduction not in _REDUCTIONS:
         raise ValueError(f'cross_entropy: reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"cross_entropy: label_smoothing must be within 0 .. 1, got {label_smoothing}")
+    ignore_index, label_smoothing, z_loss = loss_options("cross_entropy", ignore_index, label_smoothing, z_loss)
     loss, lse, targets, count = _core.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, 1.0, 1.0,
                                                     _REDUCTIONS[reduction])
     share = 1 / max(count, 1) if reduction == "mean" else 1.0
@@ -62,7 +69,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, z_
     Raises
     ------
     TypeError
-        If `logits` is not float32 or float64, or `targets` not of integers.
+        If `logits` is not float32 or float64, `targets` not of integers, or an option no number.
     ValueError
         If a target is out of range (the first is named), the shapes do not fit, or an option is not as above.
     """
@@ -73,6 +80,7 @@ def cross_entropy(logits, targets, *, ignore_index=-100, label_smoothing=0.0, z_
 def token_log_probs_forward(logits, targets, temperature=1.0, ignore_index=-100):
     """Return ``(log_probs, saved)``; `saved` is what :func:`token_log_probs_backward` needs."""
     logits, targets = as_array(logits, "token_log_probs", "logits"), as_array(targets, "token_log_probs", "targets")
+    ignore_index = as_integer(ignore_index, "token_log_probs", "ignore_index")
     scale = _inverse(temperature, "token_log_probs")
     y, lse, targets, _ = _core.cross_entropy(logits, targets, ignore_index, 0.0, 0.0, scale, -1.0, 2)
     return y, (logits, targets, lse, ignore_index, scale)
@@ -150,6 +158,6 @@ def softmax_entropy(logits, *, temperature=1.0):
 
 
 def _inverse(temperature, op):
-    if not temperature > 0:
+    if not as_number(temperature, op, "temperature") > 0:
         raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
     return 1.0 / temperature

@@ -1,6 +1,6 @@
 """Dropout (Srivastava et al. 2014, JMLR 15) by counter-based random numbers (Salmon et al. 2011, Philox 4x32-10)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats
+from numformer.ops.arguments import as_floats, as_number
 from numformer.tensor import apply, draw_key
 
 __all__ = ["dropout", "dropout_backward", "dropout_forward"]
@@ -8,7 +8,7 @@ __all__ = ["dropout", "dropout_backward", "dropout_forward"]
 
 def dropout_forward(x, p, rng):
     """Return ``(y, saved)``; `saved` is what :func:`dropout_backward` needs: the key that makes the mask again."""
-    x = as_floats(x, "dropout", "x")
+    x, p = as_floats(x, "dropout", "x"), as_number(p, "dropout", "p")
     if p == 0:
         return x, None
     key = draw_key("dropout", "p", rng)
@@ -45,6 +45,6 @@ def dropout(x, p, rng):
     ValueError
         If `p` is not between 0 and 1.
     TypeError
-        If `x` is not float32 or float64, or there is no `rng`.
+        If `x` is not float32 or float64, `p` no number, or there is no `rng`.
     """
     return apply(dropout_forward, dropout_backward, x, p=p, rng=rng)

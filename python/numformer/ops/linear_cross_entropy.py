@@ -4,7 +4,7 @@ import numpy as np
 from numformer import _core
 from numformer._core import pooled
 from numformer.ops.arguments import as_array, as_floats, same_dtype
-from numformer.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from numformer.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward, loss_options
 from numformer.tensor import Tensor, apply, is_recording
 
 __all__ = ["linear_cross_entropy", "linear_cross_entropy_backward", "linear_cross_entropy_forward"]
@@ -64,8 +64,7 @@ def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, lab
         raise ValueError(f"{_OP}: targets must have shape {hidden.shape[:-1]}, got {targets.shape}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{_OP}: reduction must be "mean", "sum" or "none", got {reduction!r}')
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{_OP}: label_smoothing must be within 0 .. 1, got {label_smoothing}")
+    ignore_index, label_smoothing, z_loss = loss_options(_OP, ignore_index, label_smoothing, z_loss)
     flat = targets.reshape(-1)
     _check_targets(flat, len(weight), ignore_index)
     kept = _kept(flat, ignore_index)
@@ -134,7 +133,7 @@ def linear_cross_entropy(hidden, weight, targets, *, ignore_index=-100, label_sm
     Raises
     ------
     TypeError
-        If a dtype is not as above.
+        If a dtype is not as above, or an option no number.
     ValueError
         If a target is out of range, shapes do not fit, or an option is not one of those named.
 

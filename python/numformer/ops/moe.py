@@ -9,7 +9,7 @@ A token t has top_k slots. The slots that are not dropped, sorted by expert and 
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_floats, as_integer, same_dtype
+from numformer.ops.arguments import as_array, as_floats, as_integer, as_number, same_dtype
 from numformer.tensor import Tensor, apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
@@ -98,7 +98,8 @@ def route_forward(logits, top_k, *, score="softmax", normalize=True, bias=None, 
     logits = as_floats(logits, "route", "logits")
     token_mask = _token_mask(token_mask, "route")
     options = (as_integer(top_k, "route", "top_k"), as_integer(num_groups, "route", "num_groups"),
-               as_integer(top_groups, "route", "top_groups"), score == "sigmoid", normalize, scale)
+               as_integer(top_groups, "route", "top_groups"), score == "sigmoid", normalize,
+               as_number(scale, "route", "scale"))
     if capacity is not None:
         capacity = as_integer(capacity, "route", "capacity")
     if bias is not None:

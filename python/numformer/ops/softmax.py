@@ -18,6 +18,8 @@ def _along(kernel, op, x, axis):
     if axis == -1:
         y = kernel(x)
         return y, y
+    if not x.ndim:
+        raise ValueError(f"{op}: x must have at least one dimension, got ()")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"{op}: axis must be within {-x.ndim} .. {x.ndim - 1} for shape {x.shape}, got {axis}")
     rows = kernel(moveaxis(x, axis, -1))
