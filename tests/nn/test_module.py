@@ -145,3 +145,26 @@ def test_heads_that_do_not_divide_are_refused():
         nn.MLP(4, 8, activation="relu", rng=rng)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         nn.Dropout(1.0, rng=rng)
+
+
+SIZED = {"Linear": ("in_features", "out_features"), "Embedding": ("count", "size"), "LayerNorm": ("size",),
+         "RMSNorm": ("size",), "MLP": ("n_embd", "hidden"), "MoE": ("n_embd", "hidden", "n_expert", "top_k")}
+
+
+@pytest.mark.parametrize(("layer", "name"), [(layer, name) for layer, names in SIZED.items() for name in names])
+def test_a_size_that_no_layer_has_is_named(layer, name):
+    rest = {} if layer.endswith("Norm") else {"rng": np.random.default_rng(0)}
+    sizes = dict.fromkeys(SIZED[layer], 4)
+    for wrong, error, says in ((0, ValueError, "1 or more, got 0"), (-3, ValueError, "1 or more, got -3"),
+                               (2.0, TypeError, "an integer, got 2.0")):
+        with pytest.raises(error, match=f"^{layer}: {name} must be {says}"):
+            getattr(nn, layer)(**{**sizes, name: wrong}, **rest)
+    getattr(nn, layer)(**{**sizes, name: np.int64(4)}, **rest)
+
+
+def test_rotary_tables_of_half_a_pair_are_refused():
+    for size in (3, 0, -2):
+        with pytest.raises(ValueError, match=f"rotary_tables: head_dim must be even and 2 or more, got {size}"):
+            nn.rotary_tables(4, size)
+    with pytest.raises(ValueError, match="rotary_tables: length must be 0 or more, got -1"):
+        nn.rotary_tables(-1, 4)

@@ -7,7 +7,7 @@ from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.maps import attention_maps
 from numformer.nn.module import Module
-from numformer.ops.arguments import as_integer
+from numformer.ops.arguments import as_integer, need_sizes
 from numformer.ops.attention import packed_attention
 from numformer.tensor import apply
 
@@ -26,7 +26,16 @@ def rotary_tables(length, head_dim, *, theta=10000.0, dtype=np.float32):
     Returns
     -------
     cos, sin : ndarray, (length, head_dim / 2)
+
+    Raises
+    ------
+    ValueError
+        If `head_dim` is odd or below 2, or `length` below 0.
     """
+    if as_integer(length, "rotary_tables", "length") < 0:
+        raise ValueError(f"rotary_tables: length must be 0 or more, got {length}")
+    if as_integer(head_dim, "rotary_tables", "head_dim") < 2 or head_dim % 2:
+        raise ValueError(f"rotary_tables: head_dim must be even and 2 or more, got {head_dim}")
     frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
     angle = np.outer(np.arange(length), frequency)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
@@ -90,9 +99,9 @@ class MultiHeadAttention(Module):
     def __init__(self, n_embd, n_head, n_kv_head=None, *, head_dim=None, causal=True, bias=False, dropout=0.0,
                  window_size=(-1, -1), alibi=False, rng, dtype=np.float32):
         n_kv_head = n_head if n_kv_head is None else n_kv_head
-        for name, number in (("n_embd", n_embd), ("n_head", n_head), ("n_kv_head", n_kv_head), ("head_dim", head_dim)):
-            if number is not None and as_integer(number, "MultiHeadAttention", name) < 1:
-                raise ValueError(f"MultiHeadAttention: {name} must be 1 or more, got {number}")
+        need_sizes("MultiHeadAttention", n_embd=n_embd, n_head=n_head, n_kv_head=n_kv_head)
+        if head_dim is not None:
+            need_sizes("MultiHeadAttention", head_dim=head_dim)
         if head_dim is None and n_embd % n_head:
             raise ValueError(f"MultiHeadAttention: n_embd must be a multiple of n_head, got {n_embd} and {n_head}")
         if n_head % n_kv_head:

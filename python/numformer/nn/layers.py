@@ -4,7 +4,7 @@ import numpy as np
 import numformer as nf
 from numformer.nn import init
 from numformer.nn.module import Module
-from numformer.ops.arguments import as_number
+from numformer.ops.arguments import as_number, need_sizes
 from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor
 
@@ -30,6 +30,7 @@ class Linear(Module):
     """
 
     def __init__(self, in_features, out_features, *, bias=True, rng, dtype=np.float32):
+        need_sizes("Linear", in_features=in_features, out_features=out_features)
         self.weight = init.xavier_uniform(rng, out_features, in_features, dtype=dtype)
         self.bias = init.constant(0, out_features, dtype=dtype) if bias else None
 
@@ -42,6 +43,7 @@ class Embedding(Module):
     """Row ``ids`` of weight (count, size), which is Xavier-uniform."""
 
     def __init__(self, count, size, *, rng, dtype=np.float32):
+        need_sizes("Embedding", count=count, size=size)
         self.weight = init.xavier_uniform(rng, count, size, dtype=dtype)
 
     def __call__(self, ids):
@@ -54,6 +56,7 @@ class LayerNorm(Module):
     """Layer normalization over the last axis (Ba et al. 2016)."""
 
     def __init__(self, size, *, bias=True, eps=1e-5, dtype=np.float32):
+        need_sizes("LayerNorm", size=size)
         self.weight = init.constant(1, size, dtype=dtype)
         self.bias = init.constant(0, size, dtype=dtype) if bias else None
         self.eps = eps
@@ -66,6 +69,7 @@ class RMSNorm(Module):
     """Root-mean-square normalization over the last axis (Zhang & Sennrich 2019)."""
 
     def __init__(self, size, *, eps=1e-6, dtype=np.float32):
+        need_sizes("RMSNorm", size=size)
         self.weight = init.constant(1, size, dtype=dtype)
         self.eps = eps
 

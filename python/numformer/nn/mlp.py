@@ -4,6 +4,7 @@ import numpy as np
 from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.module import Module
+from numformer.ops.arguments import need_sizes
 from numformer.ops.gated import swiglu_halves
 
 __all__ = ["MLP"]
@@ -23,6 +24,7 @@ class MLP(Module):
     def __init__(self, n_embd, hidden, *, activation="swiglu", bias=False, rng, dtype=np.float32):
         if activation not in ("swiglu", "gelu", "gelu_tanh"):
             raise ValueError(f'MLP: activation must be "swiglu", "gelu" or "gelu_tanh", got {activation!r}')
+        need_sizes("MLP", n_embd=n_embd, hidden=hidden)
         self.activation = activation
         gated = activation == "swiglu"
         self.up = init.constant(0, hidden * (1 + gated), n_embd, dtype=dtype)       # gate first

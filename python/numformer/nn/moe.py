@@ -5,6 +5,7 @@ import numformer as nf
 from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.module import Module
+from numformer.ops.arguments import need_sizes
 
 __all__ = ["MoE"]
 
@@ -30,7 +31,8 @@ class MoE(Module):
     """
 
     def __init__(self, n_embd, hidden, n_expert, top_k=2, *, rng, dtype=np.float32):
-        if not 1 <= top_k <= n_expert:
+        need_sizes("MoE", n_embd=n_embd, hidden=hidden, n_expert=n_expert, top_k=top_k)
+        if top_k > n_expert:
             raise ValueError(f"MoE: top_k must be 1 to n_expert, got {top_k} and {n_expert}")
         self.top_k = top_k
         self.router = init.xavier_uniform(rng, n_expert, n_embd, dtype=dtype)

@@ -41,6 +41,13 @@ def as_integer(x, op, name):
         raise TypeError(f"{op}: {name} must be an integer, got {x!r}") from None
 
 
+def need_sizes(layer, **sizes):
+    """TypeError or ValueError, by name, unless all are integers of 1 or more."""
+    for name, size in sizes.items():
+        if as_integer(size, layer, name) < 1:
+            raise ValueError(f"{layer}: {name} must be 1 or more, got {size}")
+
+
 def as_number(x, op, name):
     """`x`, a real number of any kind, as a float. TypeError for anything else."""
     try:
