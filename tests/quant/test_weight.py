@@ -3,6 +3,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -64,6 +65,30 @@ def test_a_group_of_zeros_is_exact():
         assert (q.dequantize()[1, 8:16] == 0).all()
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("size", [3e-4, 1e-5, 1e-6, 3e-7, 1e-7])
+def test_a_scale_that_is_hardly_a_float16_neither_is_0_nor_cuts_off_the_largest_value(spec, size):
+    w = normal(9, 63, dtype=np.float32) * np.float32(size)
+    q = quant.quantize(w, spec)
+    # the end +7 of 4 symmetric bits is a step short of the largest value
+    step = np.repeat(np.abs(q.scales.astype(float)), min(spec.group_size or 63, 63), 1)[:, :63]
+    slack = 1.0 if spec.bits == 4 and spec.symmetric else 0.5
+    assert (q.scales != 0).all() and (np.abs(q.dequantize() - w) <= step * (slack + 2**spec.bits * 2.0**-11)).all()
+
+
+def test_a_group_that_becomes_zeros_is_told_of():
+    w = normal(3, 64, dtype=np.float32)
+    w[1, 32:] *= 1e-9
+    with pytest.warns(UserWarning, match=r'1 of 6 groups become zeros: .*; use scale_dtype="float32"'):
+        q = quant.quantize(w, QuantSpec(4, 32))
+    assert not q.dequantize()[1, 32:].any() and q.dequantize()[1, :32].any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine = quant.quantize(w, QuantSpec(4, 32, scale_dtype="float32"))
+        quant.quantize(np.zeros((2, 32)), QuantSpec(4, 32))
+    np.testing.assert_allclose(fine.dequantize()[1, 32:], w[1, 32:], atol=2e-10)
+
+
 def test_even_k_is_the_low_nibble():
     q = QuantizedWeight.from_integers(QuantSpec(4, None), np.array([[-8, 7, 0]]), np.ones((1, 1), np.float16))
     assert (q.data == [[0 | 15 << 4, 8]]).all()
@@ -115,6 +140,10 @@ def test_bad_specs_are_named():
                          ({"group_size": 1.5}, "group_size must be"), ({"scale_dtype": "int8"}, "scale_dtype must be")]:
         with pytest.raises(ValueError, match=text):
             QuantSpec(**fields)
+    for symmetric in ("no", None, 2):
+        with pytest.raises(ValueError, match=f"symmetric must be True or False, got {symmetric!r}"):
+            QuantSpec(symmetric=symmetric)
+    assert QuantSpec(symmetric=np.True_) == QuantSpec()
 
 
 def test_bad_weights_are_named():

@@ -1,4 +1,5 @@
 """What a quantized weight is: w = scale (integer - zero), for each group of a row."""
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class QuantSpec:
     scale_dtype: str = "float16"
 
     def __post_init__(self):
+        if not isinstance(self.symmetric, (bool, np.bool_)):
+            raise ValueError(f"QuantSpec: symmetric must be True or False, got {self.symmetric!r}")
         if self.bits not in (4, 8):
             raise ValueError(f"QuantSpec: bits must be 4 or 8, got {self.bits!r}")
         size = self.group_size
@@ -40,6 +43,7 @@ class QuantSpec:
         if self.scale_dtype not in _SCALES:
             raise ValueError(f'QuantSpec: scale_dtype must be "float16" or "float32", got {self.scale_dtype!r}')
         object.__setattr__(self, "bits", int(self.bits))        # one of NumPy's would overflow in 2**bits
+        object.__setattr__(self, "symmetric", bool(self.symmetric))
         object.__setattr__(self, "group_size", None if size is None else int(size))
 
 
@@ -203,6 +207,9 @@ class Grid:
     uses the whole range: 10.3 % error on a normal weight in groups of 128, not 11.7 %. Symmetric, 8 bits: largest
     magnitude / 127. Asymmetric: from min(w, 0) to max(w, 0), so that 0 is exact. Integers are
     round-half-to-even(w / scale) + zero with the scale as it is stored.
+
+    A scale below the least normal number of its dtype, 6.1e-5 in float16, has few digits: there it is rounded away from
+    0, so that it neither is 0 nor cuts off the largest value.
     """
 
     def __init__(self, w, spec):
@@ -219,10 +226,22 @@ class Grid:
         else:
             scales = self._stored(np.maximum(-low, high) / 127)
         self.scales, self.zeros = scales, zeros
+        self._warn_of_zeros(np.maximum(-low, high))
+
+    def _warn_of_zeros(self, largest):
+        lost = (largest > 0) & (largest <= np.abs(self.scales.astype(np.float64)) / 2)
+        if lost.any():
+            dtype = self.spec.scale_dtype
+            mend = 'use scale_dtype="float32"' if dtype == "float16" else "multiply the weight first"
+            warnings.warn(f"quantize: {lost.sum()} of {lost.size} groups become zeros: all their weights, up to "
+                          f"{largest[lost].max():.3g}, are below half the least {dtype} scale; {mend}", stacklevel=4)
 
     def _stored(self, scales):
         with np.errstate(over="ignore", under="ignore"):
             stored = scales.astype(self.spec.scale_dtype)
+        size, away = np.abs(stored), np.copysign(np.inf, scales).astype(stored.dtype)
+        short = (size < np.abs(scales)) & (size < np.finfo(stored.dtype).tiny)
+        stored[short] = np.nextafter(stored, away)[short]
         if not np.isfinite(stored).all():
             raise ValueError(f"quantize: a scale of {np.abs(scales).max():.3g} is beyond {self.spec.scale_dtype}; "
                              + ('use scale_dtype="float32"' if self.spec.scale_dtype == "float16"
@@ -278,6 +297,11 @@ def quantize(weight, spec=QuantSpec()):
         If a weight is NaN or infinite, or a scale is beyond `spec.scale_dtype`.
     TypeError
         If `weight` is not float32 or float64.
+
+    Warns
+    -----
+    UserWarning
+        If a group becomes zeros though its weights are none: they are below half the least scale, 3e-8 in float16.
 
     Notes
     -----
