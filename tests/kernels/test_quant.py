@@ -219,6 +219,13 @@ def test_out_strides_and_empty_batches():
     assert y is out and (out == reference(np.ascontiguousarray(x[::2, ::2]), qweight)).all()
     assert quant.linear(np.zeros((2, 0, 24), np.float32), qweight).shape == (2, 0, 10)
     assert (quant.linear(x[0, :24], qweight) == quant.linear(x[:1, :24], qweight)[0]).all()
+    x = nf.Tensor(x[:4, :24].copy(), requires_grad=True)
+    y = quant.linear(x, qweight, activation="gelu", out=out)
+    y.backward(np.ones((4, 10), np.float32))
+    assert y.numpy() is out and (out == quant.linear(x.data, qweight, activation="gelu")).all()
+    again = nf.Tensor(x.data, requires_grad=True)
+    quant.linear(again, qweight, activation="gelu").backward(np.ones((4, 10), np.float32))
+    assert (x.grad == again.grad).all()
 
 
 def test_nothing_is_written_around_the_result():
@@ -299,8 +306,12 @@ def test_linear_names_bad_inputs():
         quant.linear(x, qweight, compute="int4")
     with pytest.raises(ValueError, match="activation must be None, 'gelu'"):
         quant.linear(x, qweight, activation="tanh")
-    with pytest.raises(ValueError, match=r"out must have shape \(3, 6\)"):
-        quant.linear(x, qweight, out=np.zeros((3, 5), np.float32))
+    for given in (x, nf.Tensor(x, requires_grad=True)):
+        for activation in (None, "gelu"):
+            with pytest.raises(ValueError, match=r"linear: out must have shape \(3, 6\)"):
+                quant.linear(given, qweight, activation=activation, out=np.zeros((3, 5), np.float32))
+            with pytest.raises(TypeError, match="linear: out must be float32, got float64"):
+                quant.linear(given, qweight, activation=activation, out=np.zeros((3, 6)))
     square, _ = weight(10, 10, SPECS[0])
     with pytest.raises(ValueError, match="share memory"):
         quant.linear(x, square, out=x)

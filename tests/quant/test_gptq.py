@@ -119,6 +119,10 @@ def test_bad_inputs_are_named():
         quant.gptq(w, x, SPEC, damp=-1)
     with pytest.raises(ValueError, match="block_size must be 1 or more"):
         quant.gptq(w, x, SPEC, block_size=0)
+    with pytest.raises(TypeError, match="gptq: damp must be a real number, got '1'"):
+        quant.gptq(w, x, SPEC, damp="1")
+    with pytest.raises(TypeError, match=r"gptq: block_size must be an integer, got 2\.5"):
+        quant.gptq(w, x, SPEC, block_size=2.5)
     with pytest.raises(ValueError, match="act_order needs static_groups"):
         quant.gptq(w, x, SPEC, act_order=True, static_groups=False)
     with pytest.raises(TypeError, match="spec must be a QuantSpec"):

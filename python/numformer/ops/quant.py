@@ -41,7 +41,8 @@ def linear_forward(x, qweight, bias=None, *, compute="int8", activation=None, ou
     integers = _COMPUTE[compute]
     if not keep or forward is None:
         return _core.quant_linear(x, qweight.packed(), bias, integers, number, out), (qweight, bias, activation, None)
-    y, inner = forward(_core.quant_linear(x, qweight.packed(), bias, integers, 0, None))
+    pre = _core.quant_linear(x, qweight.packed(), bias, integers, 0, out)
+    y, inner = forward(pre if out is None else pre.copy())
     if out is not None:
         out[...] = y
         y = out

@@ -1,6 +1,7 @@
 """GPTQ (Frantar et al. 2022, arXiv:2210.17323): each column's rounding error is made good by the columns to come."""
 import numpy as np
 
+from numformer.ops.arguments import as_integer, as_number
 from numformer.quant.report import as_activations, report_on
 from numformer.quant.weight import Grid, QuantizedWeight, as_spec, as_weight, groups_of
 
@@ -49,9 +50,9 @@ def gptq(weight, activations, spec, *, damp=0.01, block_size=128, act_order=True
     test = x if held_out is None else as_activations(held_out, k, "gptq", "held_out")
     if static_groups is None:
         static_groups = act_order
-    if not damp >= 0 or damp == float("inf"):
+    if not as_number(damp, "gptq", "damp") >= 0 or damp == float("inf"):
         raise ValueError(f"gptq: damp must be 0 or more, got {damp}")
-    if block_size < 1:
+    if as_integer(block_size, "gptq", "block_size") < 1:
         raise ValueError(f"gptq: block_size must be 1 or more, got {block_size}")
     if act_order and not static_groups:
         raise ValueError("gptq: act_order needs static_groups: a group's columns do not come one after the other")
