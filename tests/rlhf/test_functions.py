@@ -389,6 +389,17 @@ M = np.ones((2, 3), bool)
     (lambda: rlhf.grpo_advantages(A[0], 2), ValueError, "3 rewards are no whole number of groups of 2"),
     (lambda: rlhf.grpo_advantages(A, 2), ValueError, r"must have shape \(N,\), got \(2, 3\)"),
     (lambda: rlhf.grpo_advantages(A[0], 1.0), TypeError, "must be an integer or integers, got float64"),
+    (lambda: rlhf.gae(A, A, M, lam=None), TypeError, "gae: lam must be a real number, got None"),
+    (lambda: rlhf.masked_whiten(A, M, eps="0"), TypeError, "masked_whiten: eps must be a real number"),
+    (lambda: rlhf.ppo_policy_loss(A, A, A, M, clip=None), TypeError, "ppo_policy_loss: clip must be a real number"),
+    (lambda: rlhf.ppo_value_loss(A, A, A, M, clip="1"), TypeError, "ppo_value_loss: clip must be a real number"),
+    (lambda: rlhf.reward_model_loss(A[0], A[0], "1"), TypeError, "reward_model_loss: margin must be of real numbers"),
+    (lambda: rlhf.reward_model_loss(A[0], A[0], centering="1"), TypeError, "reward_model_loss: centering must be a"),
+    (lambda: rlhf.dpo_loss(A[0], A[0], A[0], A[0], "1"), TypeError, "dpo_loss: beta must be a real number"),
+    (lambda: rlhf.dpo_loss(A[0], A[0], A[0], A[0], label_smoothing="0"), TypeError, "dpo_loss: label_smoothing must"),
+    (lambda: rlhf.AdaptiveKL("1"), TypeError, "AdaptiveKL: init must be a real number"),
+    (lambda: rlhf.AdaptiveKL(1, "1"), TypeError, "AdaptiveKL: target must be a real number"),
+    (lambda: rlhf.AdaptiveKL(1).update("1", 2), TypeError, "AdaptiveKL: kl must be a real number"),
     (lambda: rlhf.grpo_advantages(A[0], np.arange(4)), ValueError, r"rewards and group .* \(3,\) and \(4,\)"),
 ])
 def test_bad_input_is_named(call, error, message):

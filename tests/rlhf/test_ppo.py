@@ -327,6 +327,24 @@ def test_numbers_out_of_range_are_named(options, message):
         rlhf.PPOConfig(**options)
 
 
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"lr": "1e-3"}, TypeError, "lr must be a real number, got '1e-3'"),
+    ({"max_norm": "1"}, TypeError, "max_norm must be a real number"),
+    ({"clip": None}, TypeError, "clip must be a real number, got None"),
+    ({"batch": 8.0}, TypeError, r"batch must be an integer, got 8\.0"),
+    ({"eos_id": "<end>"}, TypeError, "eos_id must be an integer, got '<end>'"),
+    ({"max_norm": -1}, ValueError, "max_norm must be 0 or more, got -1"),
+    ({"kl_init": -1}, ValueError, "kl_init must be 0 or more, got -1"),
+    ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0"),
+    ({"clip": 0}, ValueError, "clip must be above 0, got 0"),
+    ({"gamma": 2}, ValueError, r"gamma must be within 0 \.\. 1"),
+    ({"schedule": "linear", "episodes": 0}, ValueError, "episodes must be 1 or more, got 0"),
+    ({"warmup": -1}, ValueError, "warmup must be 0 or more, got -1")])
+def test_what_no_run_could_use_is_named_before_it(options, error, message):
+    with pytest.raises(error, match=f"^PPOConfig: {message}"):
+        rlhf.PPOConfig(**options)
+
+
 def test_parts_that_do_not_fit_are_named():
     policy = gpt()
     value = rlhf.ValueModel.from_gpt(policy, rng=np.random.default_rng(1))

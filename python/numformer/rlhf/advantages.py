@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 
+from numformer.ops.arguments import as_number
 from numformer.rlhf.masked import constant, floats, keep, read_mask, same_shape
 from numformer.tensor import apply
 
@@ -41,9 +42,9 @@ def gae(rewards, values, mask, *, gamma=1.0, lam=0.95):
     same_shape("gae", rewards=rewards, values=values)
     if rewards.ndim != 2:
         raise ValueError(f"gae: rewards must have shape (B, T), got {rewards.shape}")
+    gamma, lam = as_number(gamma, "gae", "gamma"), as_number(lam, "gae", "lam")
     if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise ValueError(f"gae: gamma and lam must be within 0 .. 1, got {gamma} and {lam}")
-    gamma, lam = float(gamma), float(lam)       # a number of NumPy's would make the sums float64
     mask = read_mask("gae", mask, rewards, "rewards")
     rewards, values = keep(rewards, mask), keep(values, mask)
     advantages = np.zeros_like(rewards)
@@ -124,9 +125,10 @@ class AdaptiveKL:
     """
 
     def __init__(self, init, target=None, horizon=10000):
-        if not init >= 0:
+        if not as_number(init, "AdaptiveKL", "init") >= 0:
             raise ValueError(f"AdaptiveKL: init must be 0 or more, got {init}")
-        if target is not None and not (target > 0 and horizon > 0):
+        if target is not None and not (as_number(target, "AdaptiveKL", "target") > 0
+                                       and as_number(horizon, "AdaptiveKL", "horizon") > 0):
             raise ValueError(f"AdaptiveKL: target and horizon must be above 0, got {target} and {horizon}")
         self.value, self.target, self.horizon = float(init), target, horizon
 
@@ -135,7 +137,7 @@ class AdaptiveKL:
 
         ValueError where `kl` is not finite, or `n` is 5 horizons or more, which could turn the value's sign.
         """
-        kl = float(kl)
+        kl = as_number(kl, "AdaptiveKL", "kl")
         if not math.isfinite(kl):
             raise ValueError(f"AdaptiveKL: kl must be finite, got {kl}")
         if self.target is not None:

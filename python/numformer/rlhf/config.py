@@ -1,5 +1,8 @@
 """The numbers of a PPO run, and the sets of them that papers and libraries use."""
+import dataclasses
 from dataclasses import dataclass
+
+from numformer.ops.arguments import as_integer, as_number
 
 __all__ = ["PPOConfig"]
 
@@ -103,9 +106,7 @@ class PPOConfig:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"PPOConfig: {name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
-        for name in ("batch", "minibatch", "epochs", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"PPOConfig: {name} must be 1 or more, got {getattr(self, name)}")
+        self._check_numbers()
         if self.batch % self.minibatch:
             raise ValueError(f"PPOConfig: batch must be a multiple of minibatch, got {self.batch} and {self.minibatch}")
         if not self.temperature > 0:
@@ -120,6 +121,25 @@ class PPOConfig:
                              f"got {self.batch} and {self.kl_horizon}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"PPOConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
+
+    def _check_numbers(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.type in (int | None, float | None):
+                continue
+            if field.type in (int, int | None):
+                as_integer(value, "PPOConfig", field.name)
+            elif field.type in (float, float | None):
+                as_number(value, "PPOConfig", field.name)
+        for says, fits, names in (
+                ("1 or more", lambda x: x >= 1, ("batch", "minibatch", "epochs", "max_new_tokens", "episodes")),
+                ("0 or more", lambda x: x >= 0, ("lr", "value_lr", "warmup", "max_norm", "kl_init")),
+                ("above 0", lambda x: x > 0, ("clip", "value_clip", "kl_target", "kl_horizon")),
+                ("within 0 .. 1", lambda x: 0 <= x <= 1, ("gamma", "lam"))):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not fits(value):
+                    raise ValueError(f"PPOConfig: {name} must be {says}, got {value}")
 
     def learning_rate(self, iteration, peak=None):
         """The rate of an iteration, counted from 0."""

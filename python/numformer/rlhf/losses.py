@@ -3,6 +3,7 @@ import numpy as np
 
 import numformer as nf
 from numformer.ops import arithmetic as ar
+from numformer.ops.arguments import as_array, as_number
 from numformer.rlhf.masked import constant, floats, keep, masked_mean, read_mask, same_shape
 
 __all__ = ["dpo_loss", "ppo_policy_loss", "ppo_value_loss", "reward_accuracy", "reward_model_loss"]
@@ -44,9 +45,9 @@ def ppo_policy_loss(logp, old_logp, advantages, mask, *, clip=0.2, dual_clip=Non
     logp, old_logp, advantages = floats("ppo_policy_loss", logp=logp, old_logp=old_logp, advantages=advantages)
     same_shape("ppo_policy_loss", logp=logp, old_logp=old_logp, advantages=advantages)
     mask = read_mask("ppo_policy_loss", mask, logp, "logp")
-    if not clip > 0:
+    if not as_number(clip, "ppo_policy_loss", "clip") > 0:
         raise ValueError(f"ppo_policy_loss: clip must be above 0, got {clip}")
-    if dual_clip is not None and not dual_clip > 1:
+    if dual_clip is not None and not as_number(dual_clip, "ppo_policy_loss", "dual_clip") > 1:
         raise ValueError(f"ppo_policy_loss: dual_clip must be above 1, got {dual_clip}")
     loss_weight = -keep(constant(advantages), mask)
     change = keep(logp, mask) - keep(constant(old_logp), mask)
@@ -99,7 +100,7 @@ def ppo_value_loss(values, old_values, returns, mask, *, clip=0.2):
     values, old_values, returns = floats("ppo_value_loss", values=values, old_values=old_values, returns=returns)
     same_shape("ppo_value_loss", values=values, old_values=old_values, returns=returns)
     mask = read_mask("ppo_value_loss", mask, values, "values")
-    if clip is not None and not clip > 0:
+    if clip is not None and not as_number(clip, "ppo_value_loss", "clip") > 0:
         raise ValueError(f"ppo_value_loss: clip must be above 0 or None, got {clip}")
     values, old, returns = keep(values, mask), keep(constant(old_values), mask), keep(constant(returns), mask)
     error = values - returns
@@ -145,13 +146,16 @@ def reward_model_loss(chosen, rejected, margin=0.0, *, centering=0.0):
     """
     chosen, rejected = floats("reward_model_loss", chosen=chosen, rejected=rejected)
     same_shape("reward_model_loss", chosen=chosen, rejected=rejected)
-    margin = np.asarray(constant(margin), chosen.dtype)
+    margin = as_array(constant(margin), "reward_model_loss", "margin")
+    if margin.dtype.kind not in "biuf":
+        raise TypeError(f"reward_model_loss: margin must be of real numbers, got {margin.dtype}")
+    margin, centering = margin.astype(chosen.dtype), as_number(centering, "reward_model_loss", "centering")
     if margin.ndim:
         same_shape("reward_model_loss", chosen=chosen, margin=margin)
     every = np.ones(chosen.shape, bool)
     loss = masked_mean(-ar.log_sigmoid(chosen - rejected - margin), every)
     if centering:
-        loss = loss + masked_mean((chosen + rejected) ** 2, every) * float(centering)
+        loss = loss + masked_mean((chosen + rejected) ** 2, every) * centering
     return loss
 
 
@@ -197,9 +201,9 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     policy_chosen, policy_rejected, ref_chosen, ref_rejected = floats("dpo_loss", **arrays)
     same_shape("dpo_loss", policy_chosen=policy_chosen, policy_rejected=policy_rejected, ref_chosen=ref_chosen,
                ref_rejected=ref_rejected)
-    if not beta > 0:
+    if not as_number(beta, "dpo_loss", "beta") > 0:
         raise ValueError(f"dpo_loss: beta must be above 0, got {beta}")
-    if not 0 <= label_smoothing <= 0.5:
+    if not 0 <= as_number(label_smoothing, "dpo_loss", "label_smoothing") <= 0.5:
         raise ValueError(f"dpo_loss: label_smoothing must be within 0 .. 0.5, got {label_smoothing}")
     x = (policy_chosen - policy_rejected - (constant(ref_chosen) - constant(ref_rejected))) * float(beta)
     losses, label_smoothing = -ar.log_sigmoid(x), float(label_smoothing)

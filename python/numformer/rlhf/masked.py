@@ -7,7 +7,7 @@ import numpy as np
 
 import numformer as nf
 from numformer.ops import arithmetic as ar
-from numformer.ops.arguments import as_array
+from numformer.ops.arguments import as_array, as_number
 from numformer.tensor import Tensor
 
 __all__ = ["constant", "explained_variance", "floats", "keep", "masked_mean", "masked_sum", "masked_whiten",
@@ -112,12 +112,12 @@ def masked_whiten(x, mask, shift_mean=True, *, unbiased=False, eps=1e-8):
     ------
     As :func:`masked_mean`.
     """
-    x = floats("masked_whiten", x=x)
+    x, eps = floats("masked_whiten", x=x), as_number(eps, "masked_whiten", "eps")
     mask = read_mask("masked_whiten", mask, x, "x")
     mean = masked_mean(x, mask)
     centred = keep(keep(x, mask) - mean, mask)
     squares = ar.sum(centred * centred)
-    white = centred / ar.sqrt(squares / max(int(mask.sum()) - int(unbiased), 1) + float(eps))
+    white = centred / ar.sqrt(squares / max(int(mask.sum()) - int(unbiased), 1) + eps)
     return white if shift_mean else keep(white + mean, mask)
 
 
