@@ -100,6 +100,16 @@ def test_bad_requests_are_refused(ids, options, message):
         gpt().generate(ids, **{"max_new_tokens": 3, **options})
 
 
+@pytest.mark.parametrize(("option", "wrong", "kind"), [
+    ("temperature", None, "a real number"), ("top_k", 1.5, "an integer"), ("top_p", "0.9", "a real number"),
+    ("min_p", "0.1", "a real number"), ("eos_id", 2.0, "an integer"), ("eos_id", "end", "an integer"),
+    ("max_new_tokens", 1.5, "an integer")])
+def test_an_option_that_is_no_number_is_named(option, wrong, kind):
+    options = {"max_new_tokens": 3, "rng": np.random.default_rng(0), option: wrong}
+    with pytest.raises(TypeError, match=f"generate: {option} must be {kind}, got {wrong!r}"):
+        gpt().generate([1], **options)
+
+
 def test_a_seed_in_place_of_a_generator_is_refused():
     with pytest.raises(TypeError, match=r"generate: rng must be a numpy\.random\.Generator, got int; make one with"):
         gpt().generate([1], 3, rng=0)
@@ -123,7 +133,7 @@ def test_the_lower_the_temperature_the_greedier(temperature, dtype):
     assert sample(logits, temperature=temperature, rng=np.random.default_rng(0)).tolist() == [2, 1]
 
 
-@pytest.mark.parametrize("ids", [[1.5, 2.5], np.ones((2, 3)), [["1"]]])
+@pytest.mark.parametrize("ids", [[1.5, 2.5], np.ones((2, 3)), [["1"]], 5, None, "abc", [[1], 2]])
 def test_ids_that_are_no_integers_are_refused(ids):
-    with pytest.raises(TypeError, match="integer"):
+    with pytest.raises(TypeError, match="generate: ids must be token ids, or prompts of them, all integers, got"):
         gpt().generate(ids, 3, temperature=0)

@@ -329,18 +329,24 @@ class GPT(Module, Pretrained):
             For a prompt that is empty or does not fit block_size with its new tokens, ids out of range, options out
             of range, no rng.
         TypeError
-            For ids that are no integers, or another rng.
+            For ids or options that are no such numbers, or another rng.
         """
         check_options(temperature, top_k, top_p, min_p)
         if temperature > 0:
             if rng is None:
                 raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
             need_generator(rng, "generate")
-        if max_new_tokens < 0:
+        if eos_id is not None:
+            eos_id = as_integer(eos_id, "generate", "eos_id")
+        if as_integer(max_new_tokens, "generate", "max_new_tokens") < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
         ids = ids.data if type(ids) is Tensor else ids
-        single = len(ids) > 0 and np.ndim(ids[0]) == 0
-        rows = [[operator.index(i) for i in row] for row in ([ids] if single else ids)]
+        try:
+            single = len(ids) > 0 and np.ndim(ids[0]) == 0
+            rows = [[operator.index(i) for i in row] for row in ([ids] if single else ids)]
+        except TypeError as error:
+            raise TypeError("generate: ids must be token ids, or prompts of them, all integers, got "
+                            f"{type(ids).__name__}: {error}") from None
         if not rows:
             return []
         if min(map(len, rows)) == 0:

@@ -2,19 +2,20 @@
 import numpy as np
 
 from numformer import _core
+from numformer.ops.arguments import as_integer, as_number
 
 __all__ = ["check_options", "sample"]
 
 
 def check_options(temperature, top_k, top_p, min_p):
-    """ValueError for a value out of range."""
-    if not temperature >= 0:
+    """ValueError for a value out of range, TypeError for what is no number."""
+    if not as_number(temperature, "generate", "temperature") >= 0:
         raise ValueError(f"generate: temperature must be 0 (greedy) or more, got {temperature}")
-    if top_k is not None and top_k < 1:
+    if top_k is not None and as_integer(top_k, "generate", "top_k") < 1:
         raise ValueError(f"generate: top_k must be 1 or more, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not 0 < as_number(top_p, "generate", "top_p") <= 1:
         raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
-    if min_p is not None and not 0 <= min_p <= 1:
+    if min_p is not None and not 0 <= as_number(min_p, "generate", "min_p") <= 1:
         raise ValueError(f"generate: min_p must be in [0, 1], got {min_p}")
 
 
