@@ -132,6 +132,14 @@ def test_bad_requests_are_refused():
         compress.prune_heads(model, {1: [4]})
     with pytest.raises(ValueError, match=r"layer must be 0\.\.2, got -1"):
         compress.prune_heads(model, {-1: [0]})
+    with pytest.raises(TypeError, match=r"prune_heads: head must be an integer, got 1\.5"):
+        compress.prune_heads(model, {1: [1.5]})
+    with pytest.raises(TypeError, match=r"prune_layers: layer must be an integer, got 1\.5"):
+        compress.prune_layers(model, [1.5])
+    with pytest.raises(TypeError, match=r"prune_heads: fraction must be a real number, got '0\.5'"):
+        compress.prune_heads(model, fraction="0.5", rng=np.random.default_rng(0))
+    with pytest.raises(TypeError, match=r"prune_heads: rng must be a numpy\.random\.Generator, got int"):
+        compress.prune_heads(model, fraction=0.5, rng=3)
     with pytest.raises(ValueError, match="each of 3 layers, got 1"):
         compress.prune_heads(model, [[0]])
     for options in ({}, {"heads": {0: [0]}, "fraction": 0.5}):

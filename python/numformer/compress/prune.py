@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from numformer.compress.importance import head_importance, layer_importance, take
+from numformer.ops.arguments import as_integer, as_number, need_generator
 from numformer.tensor import Tensor
 
 __all__ = ["progressive_prune", "prune_heads", "prune_layers"]
@@ -158,7 +159,7 @@ def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=
     """
     if kind not in ("heads", "layers"):
         raise ValueError(f'progressive_prune: kind must be "heads" or "layers", got {kind!r}')
-    if not 0 < step <= 1:
+    if not 0 < as_number(step, "progressive_prune", "step") <= 1:
         raise ValueError(f"progressive_prune: step must be in (0, 1], got {step}")
     _check_fraction("progressive_prune", fraction)
     _check(model, "progressive_prune")
@@ -191,12 +192,12 @@ def _check(model, op):
 
 
 def _check_fraction(op, fraction):
-    if not 0 <= fraction < 1:
+    if not 0 <= as_number(fraction, op, "fraction") < 1:
         raise ValueError(f"{op}: fraction must be in [0, 1), got {fraction}")
 
 
 def _index(op, what, number, total):
-    if not 0 <= number < total:
+    if not 0 <= as_integer(number, op, what) < total:
         raise ValueError(f"{op}: {what} must be 0..{total - 1}, got {number}")
     return int(number)
 
@@ -250,6 +251,7 @@ def _scores(op, counts, fraction, importance, rng):
     if (importance is None) == (rng is None):
         raise ValueError(f"{op}: with fraction give either importance or rng")
     if importance is None:
+        need_generator(rng, op)
         return [rng.random(count) for count in counts]
     scores = [np.asarray(s, np.float64) for s in importance]
     if [s.shape for s in scores] != [(count,) for count in counts]:
