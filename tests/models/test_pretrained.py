@@ -104,9 +104,9 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path):
     whole = weights.read_bytes()
     for broken in (b"", whole[:100], whole[:-10], b"x" * len(whole)):
         weights.write_bytes(broken)
-        with pytest.raises(ValueError, match=r"model\.safetensors") as caught:
+        with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file") as caught:
             nf.models.load(tmp_path)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "config.json" not in str(caught.value)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         nf.models.load(tmp_path)
@@ -114,6 +114,7 @@ def test_what_is_missing_or_broken_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"n_layer": 3}, "missing blocks"), ({"n_embd": 32}, "must have shape"), ({"new": 1}, "does not describe a GPT"),
+    ({"n_head": 3}, r"config\.json does not describe a GPT: GPTConfig: n_embd must be a multiple of n_head"),
     ({"model_type": "x"}, "'x'"), ({"model_type": ["x"]}, "names no model_type")])
 def test_a_config_that_does_not_fit_is_an_error(tmp_path, change, message):
     small().save_pretrained(tmp_path)

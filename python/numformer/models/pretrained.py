@@ -157,10 +157,10 @@ class Pretrained:
             raise FileNotFoundError(f"{folder} has no model.safetensors")
         try:
             model = cls(cls.config_class(**options), rng=np.random.default_rng(0))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{folder}/config.json does not describe a {cls.__name__}: {error}") from None
+        arrays = read_safetensors(path)
         try:
-            arrays = read_safetensors(path)
             if quantization is not None:
                 model.set_quantized(_quantized(quantization, arrays))
             model.load_state_dict(arrays)
