@@ -82,6 +82,12 @@ def test_a_state_dict_goes_back():
     for name, array in a.state_dict().items():
         np.testing.assert_array_equal(b.state_dict()[name], array)
         assert not np.shares_memory(b.state_dict()[name], array)
+    c = pair(2)
+    c.load_state_dict(dict(a.named_parameters()))       # Tensors
+    assert all((c.state_dict()[name] == array).all() for name, array in a.state_dict().items())
+    for wrong in (None, list(a.state_dict())):
+        with pytest.raises(TypeError, match="load_state_dict: arrays must be a dict of arrays by name, got"):
+            c.load_state_dict(wrong)
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_changed():

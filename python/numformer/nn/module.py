@@ -108,7 +108,7 @@ class Module:
         return arrays
 
     def load_state_dict(self, arrays):
-        """Copy `arrays` (by name) into the parameters; nothing is changed unless all fit.
+        """Copy `arrays` (by name; Tensors too) into the parameters; nothing is changed unless all fit.
 
         Raises
         ------
@@ -116,6 +116,9 @@ class Module:
             Names that are missing or unexpected, shapes that differ, and values that are no real numbers, all in one
             message.
         """
+        if not hasattr(arrays, "items"):
+            raise TypeError(f"load_state_dict: arrays must be a dict of arrays by name, got {type(arrays).__name__}")
+        arrays = {name: x.data if type(x) is Tensor else x for name, x in arrays.items()}
         own, state = dict(self.named_parameters()), self.state_dict()
         wrong = [f"missing {name}" for name in state if name not in arrays]
         wrong += [f"unexpected {name}" for name in arrays if name not in state]
