@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from numformer.files import replace_file
+from numformer.ops.arguments import need_sizes
 
 __all__ = ["Batches", "TokenShards", "write_shard"]
 
@@ -98,8 +99,7 @@ class Batches:
 
     def __init__(self, shards, batch, block, *, seed=0):
         self.shards = shards if isinstance(shards, TokenShards) else TokenShards(shards)
-        if batch < 1 or block < 1:
-            raise ValueError(f"Batches: batch and block must be 1 or more, got {batch} and {block}")
+        need_sizes("Batches", batch=batch, block=block)
         self.batch, self.block, self.seed = batch, block, seed
         counts = [max(len(shard) - 1, 0) // block for shard in self.shards.shards]
         self.first = np.concatenate([[0], np.cumsum(counts)])      # the number of each shard's first window

@@ -10,7 +10,7 @@ import numpy as np
 
 from numformer.files import state_bytes
 from numformer.models.pretrained import need_safetensors, read_safetensors, write_safetensors
-from numformer.ops.arguments import as_number
+from numformer.ops.arguments import as_integer, as_number, need_sizes
 from numformer.ops.optimizer import adamw_step, global_norm
 from numformer.tensor import Tensor
 
@@ -254,9 +254,12 @@ class Trainer:
 
     def __init__(self, model, batches, optimizer, steps, *, schedule=None, accumulate=1, max_norm=1.0, checkpoint=None,
                  every=100, callbacks=(), progress=None):
-        for name, number in (("accumulate", accumulate), ("every", every)):
-            if number < 1:
-                raise ValueError(f"Trainer: {name} must be 1 or more, got {number}")
+        need_sizes("Trainer", accumulate=accumulate, every=every)
+        if as_integer(steps, "Trainer", "steps") < 0:
+            raise ValueError(f"Trainer: steps must be 0 or more, got {steps}")
+        if not hasattr(batches, "__next__"):
+            raise TypeError("Trainer: batches must be an iterator, as numformer.data.Batches or iter(list), got "
+                            f"{type(batches).__name__}")
         if max_norm is not None:
             check_max_norm(max_norm, "Trainer")
         if checkpoint is not None:          # said now, and not when the first one is due

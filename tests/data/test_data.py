@@ -61,8 +61,11 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path):
         data.TokenShards([])
     with pytest.raises(ValueError, match="10 tokens of a window; the longest has 9"):
         data.Batches(shards(tmp_path, 9, 5), 1, 9)
-    with pytest.raises(ValueError, match="batch and block"):
-        data.Batches(data.TokenShards(tmp_path), 0, 2)
+    for name, sizes in (("batch", (0, 2)), ("block", (2, 0))):
+        with pytest.raises(ValueError, match=f"Batches: {name} must be 1 or more, got 0"):
+            data.Batches(data.TokenShards(tmp_path), *sizes)
+    with pytest.raises(TypeError, match=r"Batches: batch must be an integer, got 2\.5"):
+        data.Batches(data.TokenShards(tmp_path), 2.5, 2)
     np.save(tmp_path / "float.npy", np.ones(5))
     with pytest.raises(ValueError, match="uint16 or uint32, got float64"):
         data.TokenShards(tmp_path / "float.npy")

@@ -341,6 +341,15 @@ def test_a_loop_of_no_batches_is_refused(options):
         train.Trainer(Toy(), iter([]), None, 5, **options)
 
 
+def test_what_is_no_iterator_or_no_number_of_steps_is_refused():
+    with pytest.raises(TypeError, match=r"Trainer: batches must be an iterator, .* or iter\(list\), got list"):
+        train.Trainer(Toy(), [], None, 5)
+    with pytest.raises(TypeError, match=r"Trainer: steps must be an integer, got 2\.5"):
+        train.Trainer(Toy(), iter([]), None, 2.5)
+    with pytest.raises(ValueError, match="Trainer: steps must be 0 or more, got -1"):
+        train.Trainer(Toy(), iter([]), None, -1)
+
+
 def test_a_broken_or_foreign_checkpoint_is_one_clear_line(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "run.safetensors"
