@@ -10,6 +10,8 @@ import time
 import pytest
 
 import numformer as nf
+from numformer.demo.plan import plan_for
+from numformer.demo.run import Run
 from numformer.demo.stages import STAGES
 from numformer.demo.talk import MODELS
 from tests.demo import corpus
@@ -128,3 +130,9 @@ def test_a_run_that_is_killed_behind_a_checkpoint_goes_on_from_there(whole, sour
     assert code == 0, error
     expected, found = results(whole[0]), results(folder)
     assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
+def test_a_run_that_was_killed_over_its_first_file_can_be_begun_again(tmp_path, source):
+    (tmp_path / ".run.json.12.34.part").write_text('{"program": "numf')
+    run = Run.begin(tmp_path, plan_for(0), 0, str(source))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"] and run.seed == 0

@@ -64,7 +64,8 @@ class Run:
                 old = cls.read_order(folder)
                 raise DemoError(f"--out {folder} holds a run already (--minutes {old['minutes']} --seed "
                                 f"{old['seed']}): go on with it by --resume, or give another folder")
-            if any(folder.iterdir()):
+            # a kill while run.json was written leaves its .part
+            if any(not path.match(".run.json.*.part") for path in folder.iterdir()):
                 raise DemoError(f"--out {folder} is not empty and holds no run of this program; give another folder")
         run = cls(folder, plan, seed, data)
         run._made = not folder.exists()
