@@ -4,6 +4,8 @@ import errno
 import json
 import signal
 import subprocess
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -89,6 +91,16 @@ def test_a_stop_says_how_to_go_on(tmp_path, source):
     assert process.returncode == 130 and "Traceback" not in error
     assert error.splitlines()[-1] == ("numformer.demo: stopped; to go on: python -m numformer.demo --resume --out "
                                       f"'{tmp_path}/an out'")
+
+
+def test_a_stop_before_the_run_is_begun_is_said_in_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+    monkeypatch.setitem(sys.modules, "numformer.demo.stages", ModuleType("stages"))
+    sys.modules["numformer.demo.stages"].__getattr__ = interrupt        # while it is imported
+    assert cli.main(["--out", str(tmp_path / "out")]) == 130
+    assert one_line(capsys) == "numformer.demo: stopped before anything was begun"
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_broken_checkpoint_and_broken_data_are_said_in_one_line(tmp_path, source):

@@ -58,11 +58,10 @@ def main(arguments=None):
     if missing:
         return _fail(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
                      "pip install 'numformer[demo]'", 2)
-    # after the check: it imports them
-    from numformer.demo.run import Run
-    from numformer.demo.stages import go
-    again = f"python -m numformer.demo --resume --out {shlex.quote(options.out)}"
     try:
+        # after the check: it imports them
+        from numformer.demo.run import Run
+        from numformer.demo.stages import go
         if options.seed is not None and options.seed < 0:
             raise DemoError(f"--seed must be 0 or more, got {options.seed}")
         if options.minutes is not None:
@@ -77,7 +76,9 @@ def main(arguments=None):
     except DemoError as error:
         return _fail(error, error.code)
     except KeyboardInterrupt:
-        return _fail(f"stopped; to go on: {again}", 130)
+        if not os.path.exists(os.path.join(options.out, "run.json")):
+            return _fail("stopped before anything was begun", 130)
+        return _fail(f"stopped; to go on: python -m numformer.demo --resume --out {shlex.quote(options.out)}", 130)
     except MemoryError:
         return _fail("out of memory", 1)
     except OSError as error:
