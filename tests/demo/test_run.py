@@ -2,6 +2,7 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 
 import numformer as nf
+from numformer.demo import cli
 from numformer.demo.plan import plan_for
 from numformer.demo.run import Run
 from numformer.demo.stages import STAGES
@@ -130,6 +132,28 @@ def test_a_run_that_is_killed_behind_a_checkpoint_goes_on_from_there(whole, sour
     assert code == 0, error
     expected, found = results(whole[0]), results(folder)
     assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
+@pytest.mark.parametrize(("stage", "path", "content", "message"), [
+    ("reward", "data/pairs.json", "{", "pairs.json is broken; remove it and go on with --resume"),
+    ("ppo", "models/sft/model.safetensors", "half a file", "is not a whole safetensors file"),
+    ("prune", "models/ppo/config.json", "{}", "config.json names no model_type; give another --out"),
+    ("generate", "models/int8/config.json", None, "int8 has no config.json: not a model's folder; give another --out"),
+])
+def test_what_a_done_stage_wrote_and_is_broken_now_is_said_in_one_line(whole, tmp_path, capsys, stage, path, content,
+                                                                       message):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        begin = next(i for i, line in enumerate(lines) if json.loads(line)["stage"] == stage)
+        (folder / name).write_text("".join(lines[:begin]))
+    (folder / path).unlink()
+    if content is not None:
+        (folder / path).write_text(content)
+    assert cli.main(["--resume", "--out", str(folder)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"numformer.demo: {folder}/") and message in error
 
 
 def test_a_run_that_was_killed_over_its_first_file_can_be_begun_again(tmp_path, source):

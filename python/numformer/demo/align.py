@@ -6,7 +6,7 @@ import numpy as np
 import numformer as nf
 from numformer.demo.data import Corpus
 from numformer.demo.errors import DemoError
-from numformer.demo.pretrain import save, train
+from numformer.demo.pretrain import load, save, train
 from numformer.demo.scorer import score
 from numformer.files import replace_file
 from numformer.rlhf import PPO, CompletionBatches, PairBatches, PPOConfig, RewardModel, ValueModel, best_of_n
@@ -57,7 +57,7 @@ def _test_prompts(run, corpus):
 def work_sft(run):
     from tqdm.auto import tqdm
     plan, corpus = run.plan, Corpus(run)
-    model = nf.models.load(run.model("pretrained-experts"))
+    model = load(run, "pretrained-experts")
     pairs = corpus.examples["train"]
     held_out = corpus.examples["held_out"][:256]
 
@@ -132,14 +132,18 @@ def work_reward(run):
     plan, corpus = run.plan, Corpus(run)
     path = run.folder / "data" / "pairs.json"
     if not path.exists():
-        model = nf.models.load(run.model("sft"))
+        model = load(run, "sft")
         with tqdm(total=plan.pairs + plan.test_pairs, desc="3 preference pairs", unit="pair", dynamic_ncols=True,
                   leave=False) as bar:
             pairs = {name: _pairs(run, corpus, model, corpus.examples[name], count, run.rng("pairs", name), bar)
                      for name, count in (("train", plan.pairs), ("held_out", plan.test_pairs))}
         replace_file(path, json.dumps(pairs))
-    pairs = json.loads(path.read_text())
-    model = RewardModel.from_gpt(nf.models.load(run.model("sft")), rng=run.rng("weights", "reward"))
+    try:
+        pairs = json.loads(path.read_text())
+        pairs = {name: pairs[name] for name in ("train", "held_out")}
+    except (ValueError, KeyError, TypeError):
+        raise DemoError(f"{path} is broken; remove it and go on with --resume", code=1) from None
+    model = RewardModel.from_gpt(load(run, "sft"), rng=run.rng("weights", "reward"))
     before = model.pair_accuracy(*zip(*pairs["held_out"]))
     train(run, model, PairBatches(pairs["train"], PAIRS_A_STEP, seed=run.seed), lr=REWARD_RATE, steps=plan.reward_steps,
           warmup=max(plan.reward_steps // 10, 2), progress="3 reward model",
@@ -164,7 +168,7 @@ def say_reward(result, speeds):
 def work_ppo(run):
     plan, corpus = run.plan, Corpus(run)
     judge = Judge(corpus)
-    sft, reward = nf.models.load(run.model("sft")), nf.models.load(run.model("reward"))
+    sft, reward = load(run, "sft"), load(run, "reward")
     samples = {}
 
     def scored(rows, completions):          # the reward model decides, the program looks on
@@ -175,7 +179,7 @@ def work_ppo(run):
     config = PPOConfig(batch=plan.ppo_batch, minibatch=plan.ppo_minibatch, epochs=plan.ppo_epochs,
                        max_new_tokens=plan.body_tokens, eos_id=corpus.end, lr=POLICY_RATE, value_lr=VALUE_RATE,
                        kl_init=KL_INIT, kl_target=KL_TARGET, kl_horizon=plan.ppo_batch, load_balancing=0.01)
-    policy = nf.models.load(run.model("sft"))
+    policy = load(run, "sft")
     value = ValueModel.from_reward(reward, rng=run.rng("weights", "value"))
     ppo = PPO(policy, sft, value, scored, [prompt for prompt, _ in corpus.examples["train"]], config,
               rng=run.rng("ppo"))

@@ -12,7 +12,7 @@ from numformer.files import replace_file
 from numformer.nn.layers import project
 from numformer.train import AdamW, Trainer, warmup_cosine
 
-__all__ = ["Held", "config_of", "evaluate", "save", "say", "train", "work_dense", "work_experts"]
+__all__ = ["Held", "config_of", "evaluate", "load", "save", "say", "train", "work_dense", "work_experts"]
 
 
 class Held:
@@ -70,6 +70,14 @@ def save(run, model, name):
     folder = run.model(name)
     model.save_pretrained(folder)
     replace_file(folder / "tokenizer.json", (run.folder / "data" / "tokenizer.json").read_bytes())
+
+
+def load(run, name):
+    """What :func:`save` wrote."""
+    try:
+        return nf.models.load(run.model(name))
+    except (OSError, ValueError) as error:
+        raise DemoError(f"{error}; give another --out", code=1) from None
 
 
 def train(run, model, batches, *, lr, steps, warmup, progress, look=None, every=25):

@@ -1,9 +1,9 @@
 """report.html: one page that carries its own figures and needs no script."""
 import html
 
-import numformer as nf
 from numformer.demo import figures, talk
 from numformer.demo.data import Corpus
+from numformer.demo.pretrain import load
 from numformer.demo.shrink import pruned_heads
 from numformer.demo.style import CSS
 from numformer.files import replace_file
@@ -119,9 +119,9 @@ def _shrink(run):
     prune = run.results["prune"]
     corpus = Corpus(run)
     prompt = "".join(talk.PROMPTS[:2]) if corpus.kind == "functions" else run.results["generate"]["prompts"][0]
-    model = nf.models.load(run.model("ppo"))
+    model = load(run, "ppo")
     ids = corpus.tokenizer.encode(prompt).ids[:run.plan.block_size]
-    gone = pruned_heads(model, nf.models.load(run.model("pruned")))
+    gone = pruned_heads(model, load(run, "pruned"))
     maps = figures.attention(talk.attention_maps(model, ids), prune["importance"], gone)
     random = [draw["loss"] for draw in prune["random"]]
     text = (f"<p>The gradient of the loss tells how much the model would miss each head. Without the "

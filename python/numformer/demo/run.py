@@ -105,7 +105,7 @@ class Run:
             order = json.loads(path.read_text())
             if order["program"] != "numformer.demo" or not isinstance(order["data"], str | None):
                 raise ValueError
-            if type(order["minutes"]) is not int or type(order["seed"]) is not int:
+            if type(order["minutes"]) is not int or type(order["seed"]) is not int or order["seed"] < 0:
                 raise ValueError
         except FileNotFoundError:
             raise DemoError(f"--out {folder} holds no run to go on with (there is no run.json)") from None

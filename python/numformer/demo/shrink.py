@@ -7,7 +7,7 @@ import numformer as nf
 from numformer import compress
 from numformer.data import Batches
 from numformer.demo.data import Corpus
-from numformer.demo.pretrain import Held, evaluate, save
+from numformer.demo.pretrain import Held, evaluate, load, save
 
 __all__ = ["decode_speed", "measure", "say_prune", "say_quantize", "work_prune", "work_quantize"]
 
@@ -49,7 +49,7 @@ def calibration(run, corpus):
 def work_prune(run):
     from tqdm.auto import tqdm
     corpus = Corpus(run)
-    model = nf.models.load(run.model("ppo"))
+    model = load(run, "ppo")
     with tqdm(total=DRAWS + 3, desc="4 prune", unit="model", dynamic_ncols=True, leave=False) as bar:
         before = measure(run, corpus, model)
         bar.update()
@@ -90,7 +90,7 @@ KINDS = {"int8": ("INT8", 8, None, "rtn"), "int4-rtn": ("4 bits, round to neares
 def work_quantize(run):
     from tqdm.auto import tqdm
     corpus = Corpus(run)
-    small = nf.models.load(run.model("pruned"))
+    small = load(run, "pruned")
     held = Held(run, corpus, run.plan.probe_windows).windows[:run.plan.calibration]
     batches, held_out = calibration(run, corpus), [(held[:, :-1],)]
     models, speeds = [], {}
@@ -102,7 +102,7 @@ def work_quantize(run):
             model, report = compress.quantize_model(small, spec, method, batches, held_out=held_out)
             save(run, model, name)
             bar.update()
-            model = nf.models.load(run.model(name))         # what is measured is what was saved
+            model = load(run, name)             # what is measured is what was saved
             speeds[name] = decode_speed(run, model)
             outputs = [layer.output_error for layer in report.layers if layer.output_error is not None]
             models.append({"name": name, "label": label, "bits_per_weight": report.bits_per_weight,

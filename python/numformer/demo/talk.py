@@ -1,9 +1,9 @@
 """Stage 6: the same prompt and seed through every model; and what their heads look at."""
 import numpy as np
 
-import numformer as nf
 from numformer.demo.data import Corpus
 from numformer.demo.examples import FUNCTIONS
+from numformer.demo.pretrain import load
 from numformer.demo.scorer import score
 from numformer.demo.shrink import decode_speed, measure, size_of
 
@@ -26,7 +26,7 @@ def work(run):
     models, tokens_per_second = [], {}
     with tqdm(total=len(MODELS), desc="6 generate", unit="model", dynamic_ncols=True, leave=False) as bar:
         for name in MODELS:
-            model = nf.models.load(run.model(name))
+            model = load(run, name)
             samples = []
             for i, prompt in enumerate(prompts):
                 ids = corpus.tokenizer.encode(prompt).ids
