@@ -64,6 +64,8 @@ def main(arguments=None):
         from numformer.demo.stages import go
         if options.seed is not None and options.seed < 0:
             raise DemoError(f"--seed must be 0 or more, got {options.seed}")
+        for name, folder in (("out", options.out), ("data", options.data)):
+            _check_name(name, folder)
         if options.minutes is not None:
             plan_for(options.minutes)
         data = None if options.data is None else os.path.abspath(options.data)
@@ -86,6 +88,17 @@ def main(arguments=None):
         where = f"{error.filename}: " if error.filename else f"writing to {options.out}: "
         return _fail(f"{where}{error.strerror or error}{full}", 1)
     return 0
+
+
+def _check_name(name, folder):
+    """DemoError for a folder that is no name, or none that can be written in the report."""
+    if folder == "":
+        raise DemoError(f"--{name} is empty; give a folder")
+    try:
+        (folder or "").encode()
+    except UnicodeEncodeError:
+        raise DemoError(f"--{name} {folder!r} is a name that is no UTF-8; give the folder another, or a link to it") \
+            from None
 
 
 def _fail(message, code):
