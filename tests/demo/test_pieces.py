@@ -161,6 +161,7 @@ def test_paragraphs_are_cut_between_words_and_nothing_is_lost():
     pairs = cut_paragraphs(text)
     assert pairs[0] == ("one two", " three four five six")
     assert [a + b for a, b in pairs] == [p for p in text.replace("\n\n\n", "\n\n").split("\n\n") if p != "short one"]
+    assert cut_paragraphs(text.replace("\n", "\r\n")) == pairs
 
 
 # the program that judges

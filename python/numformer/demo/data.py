@@ -103,9 +103,10 @@ def _examples(tokenizer, train, held_out, end, plan):
         examples["held_out"] = [pair for pair in examples["held_out"] if tuple(pair[0]) not in known]
         if all(len(examples[name]) >= least for name, least in _ENOUGH.items()):
             return kind, examples
-    raise DemoError(f"--data: {len(examples['train'])} paragraphs of at most {plan.header_tokens + plan.body_tokens} "
-                    f"tokens in the training text and {len(examples['held_out'])} in the held-out text; "
-                    f"{_ENOUGH['train']} and {_ENOUGH['held_out']} are needed to align a model")
+    raise DemoError(f"--data: {len(examples['train'])} paragraphs (between blank lines, six words or more, at most "
+                    f"{plan.header_tokens + plan.body_tokens} tokens) in the training text and "
+                    f"{len(examples['held_out'])} in the held-out text; {_ENOUGH['train']} and {_ENOUGH['held_out']} "
+                    "are needed to align a model")
 
 
 def say(result, speeds):

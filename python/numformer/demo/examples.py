@@ -1,5 +1,6 @@
 """Prompts with completions cut from the corpus: functions of Python, or paragraphs where there are too few of them."""
 import ast
+import re
 import textwrap
 import warnings
 
@@ -64,8 +65,8 @@ def cut_functions(text):
 def cut_paragraphs(text):
     """(beginning, rest) of the paragraphs of a text: the first third of its words, at least two, and the others."""
     found = []
-    for paragraph in text.split("\n\n"):
-        paragraph = paragraph.strip("\n")
+    for paragraph in re.split(r"\n\r?\n", text):       # lines may end as those of Windows do
+        paragraph = paragraph.strip("\r\n")
         words = paragraph.split(" ")
         count = max(len(words) // 3, 2)
         if len(words) >= 6:
