@@ -34,7 +34,13 @@ def write_shard(path, tokens):
     if least < 0 or most > 0xFFFFFFFF:
         raise ValueError(f"write_shard: token ids must be in 0..2^32-1, got {least if least < 0 else most}")
     tokens = tokens.astype(np.uint16 if most <= 0xFFFF else np.uint32)
-    replace_file(path, lambda file: np.lib.format.write_array(file, tokens, allow_pickle=False))
+    replace_file(path, lambda file: _write(file, tokens))
+
+
+def _write(file, tokens):
+    """np.save, but for what it says of a full disk: "579283 requested and 356288 written", without an errno."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+    file.write(np.ascontiguousarray(tokens))
 
 
 class TokenShards:

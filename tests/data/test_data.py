@@ -1,3 +1,6 @@
+import errno
+import resource
+
 import numpy as np
 import pytest
 
@@ -85,3 +88,14 @@ def test_what_is_not_token_ids_is_refused(tmp_path):
     with pytest.raises(ValueError, match="one axis"):
         data.write_shard(tmp_path / "a.npy", np.array([0.5]))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_says_of_a_shard_that_does_not_fit_is_passed_on_and_nothing_is_left(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            data.write_shard(tmp_path / "a.npy", np.zeros(1_000_000, np.uint16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG and not list(tmp_path.iterdir())
