@@ -34,6 +34,7 @@ def one_line(capsys):
     (["--data", "{tmp}/missing"], "no such folder"),
     (["--data", "{tmp}/empty"], "0 text files of 0 bytes; at least 2 files"),
     (["--data", "{tmp}/file"], "not a folder"),
+    (["--data", "{tmp}/empty", "--out", "{tmp}/new/newer"], "0 text files of 0 bytes; at least 2 files"),
     (["--minutes", "61"], "--minutes must be from 0 to 60, got 61"),
     (["--data", ""], "--data is empty; give a folder"),
     (["--data", "{tmp}/\udcff"], "is a name that is no UTF-8"),

@@ -68,7 +68,7 @@ class Run:
             if any(not path.match(".run.json.*.part") for path in folder.iterdir()):
                 raise DemoError(f"--out {folder} is not empty and holds no run of this program; give another folder")
         run = cls(folder, plan, seed, data)
-        run._made = not folder.exists()
+        run._made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         run._lock()
         order = {"program": "numformer.demo", "minutes": plan.minutes, "seed": seed, "data": data}
@@ -80,8 +80,9 @@ class Run:
         """Leave things as they were before :meth:`begin`, where no stage was done."""
         for name in ("run.json", "metrics.jsonl", "timings.jsonl"):
             (self.folder / name).unlink(missing_ok=True)
-        if self._made and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        for folder in self._made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     @classmethod
     def resume(cls, folder, plan_for, **given):
