@@ -280,7 +280,7 @@ def test_a_broken_or_foreign_checkpoint_is_one_clear_line_and_changes_nothing(tm
         for name, x in other.state_dict().items():
             np.testing.assert_array_equal(x, before[name])
     path.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"^[^:]* is not a whole safetensors file"):
         ppo().resume(path)
 
 

@@ -372,8 +372,9 @@ class PPO:
 
     def resume(self, path):
         """Go on from what :meth:`save` wrote. ValueError, in one line, where it is broken or of another run."""
+        arrays = read_safetensors(path)
         try:
-            self.load_state_dict(read_safetensors(path))
+            self.load_state_dict(arrays)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
