@@ -94,6 +94,7 @@ def test_nothing_to_do_gives_back_the_prompts():
     ([1], {"max_new_tokens": -1, "temperature": 0}, "max_new_tokens must be 0 or more, got -1"),
     ([1], {"top_p": 0}, r"top_p must be in \(0, 1\]"), ([1], {"min_p": 2}, r"min_p must be in \[0, 1\]"),
     ([[1], []], {"temperature": 0}, "at least one token"),
+    ([1], {"temperature": 0, "eos_id": 50256}, r"eos_id must be within 0 \.\. 29, got 50256"),
     ([1] * 22, {"temperature": 0}, "25 positions, block_size is 24"), ([40], {"temperature": 0}, "40")])
 def test_bad_requests_are_refused(ids, options, message):
     with pytest.raises((ValueError, IndexError), match=message):

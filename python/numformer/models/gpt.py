@@ -327,7 +327,7 @@ class GPT(Module, Pretrained):
         ------
         ValueError
             For a prompt that is empty or does not fit block_size with its new tokens, ids out of range, options out
-            of range, no rng.
+            of range, an eos_id that the model does not know, no rng.
         TypeError
             For ids or options that are no such numbers, or another rng.
         """
@@ -336,8 +336,9 @@ class GPT(Module, Pretrained):
             if rng is None:
                 raise ValueError("generate: give rng, a numpy.random.Generator, or temperature 0")
             need_generator(rng, "generate")
-        if eos_id is not None:
-            eos_id = as_integer(eos_id, "generate", "eos_id")
+        vocab_size = self.config.vocab_size
+        if eos_id is not None and not 0 <= as_integer(eos_id, "generate", "eos_id") < vocab_size:
+            raise ValueError(f"generate: eos_id must be within 0 .. {vocab_size - 1}, got {eos_id}")
         if as_integer(max_new_tokens, "generate", "max_new_tokens") < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
         ids = ids.data if type(ids) is Tensor else ids
