@@ -87,3 +87,10 @@ def test_fine_tuning_with_the_trainer_learns_and_resumes(tmp_path):
 def test_bad_examples_are_named(kind, examples, batch, message):
     with pytest.raises(ValueError, match=f"{kind.__name__}: .*{message}"):
         kind(examples, batch)
+
+
+@pytest.mark.parametrize("part", ["12", [1.5], ["1"], np.ones(2)])
+@pytest.mark.parametrize("kind", [rlhf.CompletionBatches, rlhf.PairBatches])
+def test_examples_that_are_no_integers_are_named(kind, part):
+    with pytest.raises(TypeError, match=f"{kind.__name__}: example 1 must be lists of integers, the ids of"):
+        kind([([1], [2]), ([1], part)], 1)

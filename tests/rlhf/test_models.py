@@ -167,6 +167,16 @@ def test_bad_tokens_of_a_reward_model_are_named(tokens, lengths, message):
         model(np.array(tokens), lengths)
 
 
+@pytest.mark.parametrize("row", ["12", [1.5], ["1"], 1])
+def test_sequences_that_are_no_integers_are_named(row):
+    model = rlhf.RewardModel.from_gpt(gpt(), rng=np.random.default_rng(1))
+    with pytest.raises(TypeError, match="RewardModel: sequences must be lists of integers, the ids of tokens, got"):
+        model.score([[1], row])
+    if row != 1:
+        with pytest.raises(TypeError, match="Sequences: completions must be lists of integers"):
+            rlhf.Sequences.of([[1]], [row])
+
+
 def test_vocabulary_is_checked():
     model = rlhf.RewardModel.from_gpt(gpt(), rng=np.random.default_rng(1))
     with pytest.raises(ValueError, match=str(VOCAB)):

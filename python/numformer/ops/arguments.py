@@ -1,6 +1,7 @@
 """What every op does with what it is given."""
 import math
 import operator
+import reprlib
 
 import numpy as np
 
@@ -39,6 +40,14 @@ def as_integer(x, op, name):
         return operator.index(x)
     except TypeError:
         raise TypeError(f"{op}: {name} must be an integer, got {x!r}") from None
+
+
+def as_ids(row, op, name):
+    """`row`, the ids of tokens, as a list of ints. TypeError for anything else, such as text or floats."""
+    try:
+        return [operator.index(i) for i in row]
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be lists of integers, the ids of tokens, got {reprlib.repr(row)}") from None
 
 
 def need_sizes(layer, **sizes):

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 
+from numformer.ops.arguments import as_ids
 from numformer.rlhf.sequences import pad
 
 __all__ = ["CompletionBatches", "PairBatches"]
@@ -28,7 +29,8 @@ class _Examples:
         for i, parts in enumerate(pairs):
             if len(parts) != 2 or not all(len(part) for part in parts):
                 raise ValueError(f"{name}: example {i} must be two lists of token ids that are not empty, got {parts}")
-        self.examples = [tuple(np.asarray(part, np.int64) for part in parts) for parts in pairs]
+        self.examples = [tuple(np.array(as_ids(part, name, f"example {i}"), np.int64) for part in parts)
+                         for i, parts in enumerate(pairs)]
         self.batch, self.seed, self.stretch = batch, seed, stretch
         self.lengths = np.array([self.length(*parts) for parts in self.examples])
         self.checksum = 0

@@ -21,6 +21,7 @@ import numpy as np
 import numformer as nf
 from numformer.files import state_bytes
 from numformer.models.pretrained import read_safetensors, write_safetensors
+from numformer.ops.arguments import as_ids
 from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
 from numformer.rlhf.best_of_n import read_scores
 from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
@@ -108,7 +109,7 @@ class PPO:
         self.policy, self.value, self.config = policy, value, config
         self.reference = _copy(policy) if reference is None else reference
         self.reward_fn, self.rng, self.pretrain = reward_fn, rng, pretrain
-        self.prompts = [[int(i) for i in prompt] for prompt in prompts]
+        self.prompts = [as_ids(prompt, "PPO", "prompts") for prompt in prompts]
         _check(self)
         options = {"betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         self.policy_optimizer = AdamW(policy.parameters(), config.lr, **options)

@@ -8,6 +8,7 @@ import numformer as nf
 from numformer.models.gpt import GPT, GPTConfig
 from numformer.models.pretrained import Pretrained
 from numformer.nn import Linear, Module
+from numformer.ops.arguments import as_ids
 from numformer.rlhf.losses import reward_accuracy, reward_model_loss
 from numformer.rlhf.sequences import pad
 
@@ -106,9 +107,10 @@ class RewardModel(_Scorer, Pretrained):
     def score(self, sequences, batch=64):
         """Scores of lists of token ids, as an ndarray; nothing is recorded, dropout is off.
 
-        Sequences of similar length go through the model together, `batch` at a time.
+        Sequences of similar length go through the model together, `batch` at a time. TypeError for what is no integer.
         """
         model = self.as_arrays()
+        sequences = [as_ids(row, "RewardModel", "sequences") for row in sequences]
         order = np.argsort([len(s) for s in sequences], kind="stable")
         scores = np.empty(len(sequences), np.dtype(self.config.dtype))
         for begin in range(0, len(order), batch):

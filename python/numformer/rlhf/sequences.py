@@ -10,6 +10,7 @@ import numpy as np
 
 import numformer as nf
 from numformer.nn.layers import project
+from numformer.ops.arguments import as_ids
 from numformer.rlhf.masked import keep
 
 __all__ = ["Sequences", "completion_log_probs", "completion_values", "pad"]
@@ -49,13 +50,18 @@ class Sequences:
 
     @classmethod
     def of(cls, prompts, completions):
-        """From two lists of lists of token ids. ValueError where their numbers differ or one is empty."""
+        """From two lists of lists of token ids.
+
+        ValueError where their numbers differ or one is empty, TypeError for what is no integer.
+        """
         if len(prompts) != len(completions):
             raise ValueError(f"Sequences: every prompt needs a completion, got {len(prompts)} and {len(completions)}")
         for what, rows in (("prompt", prompts), ("completion", completions)):
             empty = [i for i, row in enumerate(rows) if len(row) == 0]
             if empty or not len(rows):
                 raise ValueError(f"Sequences: {what} {empty[0]} is empty" if empty else "Sequences: there are none")
+        prompts, completions = ([as_ids(row, "Sequences", name) for row in rows]
+                                for name, rows in (("prompts", prompts), ("completions", completions)))
         actions = pad(completions, -100)
         mask = np.arange(actions.shape[1]) < np.array([len(c) for c in completions])[:, None]
         begin = np.array([len(p) for p in prompts])[:, None] - 1
