@@ -367,10 +367,25 @@ def test_parts_that_do_not_fit_are_named():
     shared.trunk = quantized
     with pytest.raises(TypeError, match="value is quantized"):
         build(value=shared)
+    with pytest.raises(ValueError, match="PPO: reference must have the policy's vocabulary of 24, got 40"):
+        build(gpt(vocab_size=40))
+    with pytest.raises(TypeError, match="PPO: value must be of the policy's float32, got float64"):
+        build(value=rlhf.ValueModel.from_gpt(gpt(dtype="float64"), rng=np.random.default_rng(1)))
     for rows, message in (([], "there are no prompts"), ([[1], []], "at least one token id"),
                           ([[1] * 30], "up to 38 positions, block_size of policy is 32")):
         with pytest.raises(ValueError, match=message):
             build(rows=rows)
+
+
+def test_what_is_no_config_no_function_or_no_generator_is_named():
+    policy = gpt()
+    value = rlhf.ValueModel.from_gpt(policy, rng=np.random.default_rng(1))
+    for change, message in (({"config": {"batch": 4}}, "config must be a PPOConfig, got dict"),
+                            ({"reward_fn": None}, "reward_fn must be a function of prompts and completions"),
+                            ({"rng": 0}, "rng must be a numpy.random.Generator, got int")):
+        parts = {"reward_fn": liked, "config": rlhf.PPOConfig(), "rng": np.random.default_rng(0)} | change
+        with pytest.raises(TypeError, match=f"PPO: {message}"):
+            rlhf.PPO(policy, None, value, prompts=[[1]], **parts)
 
 
 @pytest.mark.parametrize(("scores", "message"), [

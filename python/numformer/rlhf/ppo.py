@@ -21,9 +21,10 @@ import numpy as np
 import numformer as nf
 from numformer.files import state_bytes
 from numformer.models.pretrained import read_safetensors, write_safetensors
-from numformer.ops.arguments import as_ids
+from numformer.ops.arguments import as_ids, need_generator
 from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
 from numformer.rlhf.best_of_n import read_scores
+from numformer.rlhf.config import PPOConfig
 from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
 from numformer.rlhf.masked import explained_variance, masked_mean, masked_whiten
 from numformer.rlhf.scorers import refuse_quantized
@@ -102,6 +103,12 @@ class PPO:
     """
 
     def __init__(self, policy, reference, value, reward_fn, prompts, config, *, rng, pretrain=None):
+        if not isinstance(config, PPOConfig):
+            raise TypeError(f"PPO: config must be a PPOConfig, got {type(config).__name__}")
+        if not callable(reward_fn):
+            raise TypeError("PPO: reward_fn must be a function of prompts and completions, as reward_model.reward is, "
+                            f"got {type(reward_fn).__name__}")
+        need_generator(rng, "PPO")
         if reference is policy:
             raise ValueError("PPO: reference is the policy itself, which changes; give another copy, or None")
         for name, model in (("policy", policy), ("value", value)):
@@ -401,11 +408,17 @@ def _copy(model):
 
 
 def _check(ppo):
-    """ValueError for parts that do not fit each other."""
+    """ValueError for parts that do not fit each other, TypeError for two dtypes."""
     c, shared = ppo.config, {id(p.data) for p in ppo.policy.parameters()}
     for name, model in (("reference", ppo.reference), ("value", ppo.value)):
         if any(id(p.data) in shared for p in model.parameters()):
             raise ValueError(f"PPO: {name} shares parameters with the policy; give it a copy of its own")
+    own = ppo.policy.config
+    if ppo.reference.config.vocab_size != own.vocab_size:       # of other logits there is no KL
+        raise ValueError(f"PPO: reference must have the policy's vocabulary of {own.vocab_size}, got "
+                         f"{ppo.reference.config.vocab_size}")
+    if ppo.value.config.dtype != own.dtype:
+        raise TypeError(f"PPO: value must be of the policy's {own.dtype}, got {ppo.value.config.dtype}")
     if c.ptx_coef and ppo.pretrain is None:
         raise ValueError(f"PPO: ptx_coef is {c.ptx_coef}, which needs pretrain: batches for policy.loss")
     if not ppo.prompts or not all(ppo.prompts):
