@@ -50,6 +50,16 @@ def whole(source, tmp_path_factory):
     return folder, out
 
 
+def test_a_terminal_that_lacks_a_sign_shows_a_question_mark(whole, source, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    metrics = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(metrics.replace(str(source), "ä", 1))
+    code, out, error = corpus.run("--resume", "--out", folder, env={"PYTHONIOENCODING": "ascii"})
+    assert code == 0, error
+    assert "\n1 data               ?: " in out
+
+
 def results(folder):
     """All files of a run that must not depend on the clock, by path."""
     paths = [folder / "metrics.jsonl", folder / "run.json", *folder.glob("models/*/*"), *folder.glob("data/*")]

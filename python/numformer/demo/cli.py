@@ -102,6 +102,6 @@ def _check_name(name, folder):
 
 
 def _fail(message, code):
-    sys.stdout.flush()
+    print(end="", flush=True)
     print(f"\nnumformer.demo: {message}", file=sys.stderr)
     return code
