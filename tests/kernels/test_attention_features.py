@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import numformer as nf
+from numformer.ops.attention import merge_attention_backward, merge_attention_forward
 from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
 from numformer.ops.attention import scaled_dot_product_attention_forward as attention_forward
 from tests import oracle
@@ -242,13 +243,20 @@ def test_merged_parts_are_the_whole():
     nothing = np.full_like(whole, np.nan), np.full_like(whole_lse, -np.inf)
     for merged in (nf.merge_attention(*parts[0], *nothing), nf.merge_attention(*nothing, *parts[0])):
         assert (merged[0] == parts[0][0]).all() and (merged[1] == parts[0][1]).all()
-    assert (nf.merge_attention(*nothing, np.zeros_like(whole), nothing[1])[1] == -np.inf).all()
+    for neither in (nf.merge_attention(*nothing, np.ones_like(whole), nothing[1]),
+                    nf.merge_attention(np.ones_like(whole), nothing[1], *nothing)):
+        assert (neither[0] == 0).all() and (neither[1] == -np.inf).all()
+    odd = np.full_like(whole_lse, np.nan)       # NaN is no part without weight
+    assert np.isnan(nf.merge_attention(parts[0][0], odd, *parts[1])[0]).all()
     nothing[0][...] = np.inf
     with np.errstate(all="raise"):
         leaves = [nf.Tensor(x, requires_grad=True) for x in (*parts[0], *nothing)]
         out, lse = nf.merge_attention(*leaves)
         (out.sum() + lse.sum()).backward()
     assert (out.data == parts[0][0]).all() and (leaves[2].grad == 0).all() and (leaves[0].grad == 1).all()
+    dy = np.full_like(whole, np.nan), np.full_like(whole_lse, np.nan)
+    saved = merge_attention_forward(*nothing, *nothing)[1]
+    assert all((gradient == 0).all() for gradient in merge_attention_backward(dy, saved))
     with pytest.raises(ValueError, match="merge_attention"):
         nf.merge_attention(out, lse[..., :-1], out, lse)
     whole, sums = np.ones((1, 2, 3, 4)), np.ones((1, 2, 3))

@@ -247,7 +247,8 @@ def alibi_slopes(num_heads):
 
 def merge_attention_forward(out_a, lse_a, out_b, lse_b):
     """Return ``((out, lse), saved)``; `saved` is what :func:`merge_attention_backward` needs."""
-    out_a, lse_a, out_b, lse_b = as_arrays("merge_attention", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    parts = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    out_a, lse_a, out_b, lse_b = (as_array(x, "merge_attention", name) for name, x in parts.items())
     if not out_a.shape == out_b.shape == (*lse_a.shape, *out_a.shape[-1:]) or lse_a.shape != lse_b.shape:
         raise ValueError("merge_attention: out_a and out_b must have one shape, and lse_a and lse_b that shape without "
                          f"its last axis, got {out_a.shape}, {lse_a.shape}, {out_b.shape}, {lse_b.shape}")
@@ -263,10 +264,11 @@ def merge_attention_forward(out_a, lse_a, out_b, lse_b):
     total = a + b
     with np.errstate(divide="ignore"):
         lse = base + np.log(total)
-    share_a, share_b = (np.divide(x, total, out=np.zeros_like(total), where=total > 0)[..., None] for x in (a, b))
+    share_a, share_b = (np.divide(x, total, out=np.zeros_like(total), where=total != 0)[..., None] for x in (a, b))
     # A part that has no weight may hold anything.
     with np.errstate(invalid="ignore", over="ignore"):
-        out = np.where(share_b == 0, out_a, np.where(share_a == 0, out_b, out_a + (out_b - out_a) * share_b))
+        out = np.where(share_a == 0, out_b, out_a + (out_b - out_a) * share_b)
+        out = np.where(share_b == 0, np.where(share_a == 0, out_a.dtype.type(0), out_a), out)
     return (out.astype(dtype, copy=False), lse), (out_a, out_b, share_a, share_b, dtype)
 
 
@@ -277,9 +279,11 @@ def merge_attention_backward(dy, saved):
     both = (share_a > 0) & (share_b > 0)
     with np.errstate(invalid="ignore", over="ignore"):
         turn = np.where(both, dout * (out_b - out_a), out_a.dtype.type(0)).sum(axis=-1) * (share_a * share_b)[..., 0]
-    dlse_a, dlse_b = (0, 0) if dlse is None else (share_a[..., 0] * dlse, share_b[..., 0] * dlse)
-    return (np.where(share_b == 0, dout, dout * share_a).astype(dtype, copy=False), dlse_a - turn,
-            np.where(share_b == 0, out_a.dtype.type(0), dout * share_b).astype(dtype, copy=False), dlse_b + turn)
+    none = out_a.dtype.type(0)
+    dlse_a, dlse_b = (0 if dlse is None else np.where(share == 0, none, share * dlse)
+                      for share in (share_a[..., 0], share_b[..., 0]))
+    return (np.where(share_a == 0, none, dout * share_a).astype(dtype, copy=False), dlse_a - turn,
+            np.where(share_b == 0, none, dout * share_b).astype(dtype, copy=False), dlse_b + turn)
 
 
 def merge_attention(out_a, lse_a, out_b, lse_b):
@@ -296,7 +300,8 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     Returns
     -------
     out : (..., Dv)
-        ``out_a + (out_b - out_a) * sigmoid(lse_b - lse_a)``; a part whose lse is -inf may hold anything.
+        ``out_a + (out_b - out_a) * sigmoid(lse_b - lse_a)``; a part whose lse is -inf may hold anything, and where both
+        are the result is 0.
     lse : (...)
         ``log(exp(lse_a) + exp(lse_b))``
 
