@@ -207,6 +207,9 @@ def test_alibi_slopes_are_the_papers():
     assert nf.alibi_slopes(6).dtype == np.float32 and len(nf.alibi_slopes(6)) == 6
     with pytest.raises(ValueError, match="at least 1"):
         nf.alibi_slopes(0)
+    for wrong in (2.5, "8", None):
+        with pytest.raises(TypeError, match="alibi_slopes: num_heads must be an integer, got "):
+            nf.alibi_slopes(wrong)
 
 
 def test_dropout_divides_the_kept_weights_and_leaves_lse():

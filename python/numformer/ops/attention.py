@@ -234,12 +234,15 @@ def alibi_slopes(num_heads):
 
     Raises
     ------
+    TypeError
+        If `num_heads` is no integer.
     ValueError
         If `num_heads` is below 1.
     """
+    num_heads = as_integer(num_heads, "alibi_slopes", "num_heads")
     if num_heads < 1:
         raise ValueError(f"alibi_slopes: num_heads must be at least 1, got {num_heads}")
-    power = 1 << (int(num_heads).bit_length() - 1)
+    power = 1 << (num_heads.bit_length() - 1)
     whole = 2.0 ** (-8 * np.arange(1, power + 1) / power)
     between = 2.0 ** (-8 * np.arange(1, 2 * power + 1, 2) / (2 * power))
     return np.concatenate([whole, between[:num_heads - power]]).astype(np.float32)
