@@ -31,19 +31,19 @@ take_out(nf_attention_call *c, PyObject *object)
     if (!nf_given(object)) {
         return new_heads(shape, c->type, c->q);
     }
-    PyArrayObject *const out = nf_array(object, c->type, 4, OP, "out");
+    PyArrayObject *const out = nf_array(object, c->type, 4, c->op, "out");
     PyArrayObject *const inputs[] = {c->q, c->k, c->v};
-    if (out == NULL || nf_check_shape(out, 4, shape, OP, "out") < 0) {
+    if (out == NULL || nf_check_shape(out, 4, shape, c->op, "out") < 0) {
         return NULL;
     }
     if (PyArray_IS_C_CONTIGUOUS(out)) {
-        return nf_take_out(object, 4, shape, c->type, inputs, 3, OP);
+        return nf_take_out(object, 4, shape, c->type, inputs, 3, c->op);
     }
     PyObject *const turned = PyArray_SwapAxes(out, 1, 2);
     PyArrayObject *const checked =
         turned == NULL ? NULL
                        : nf_take_out(turned, 4, PyArray_DIMS((PyArrayObject *)turned),
-                                     c->type, inputs, 3, OP);
+                                     c->type, inputs, 3, c->op);
     Py_XDECREF(turned);
     if (checked == NULL) {
         return NULL;
@@ -62,7 +62,7 @@ attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     (void)self;
     nf_attention_call c = {0};
     PyObject *result = NULL;
-    if (nf_check_count(OP, count, 9) < 0 || nf_attention_inputs(&c, args) < 0) {
+    if (nf_check_count(SDPA, count, 9) < 0 || nf_attention_inputs(&c, args) < 0) {
         goto fail;
     }
     const long want = PyLong_AsLong(args[8]);
@@ -91,7 +91,7 @@ attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
         status = nf_attention_forward(c.kernels, p);
         Py_END_ALLOW_THREADS;
     }
-    if (nf_check_status(status, OP) < 0) {
+    if (nf_check_status(status, c.op) < 0) {
         goto fail;
     }
     if (want == 0) {
@@ -120,7 +120,7 @@ new_packed(nf_attention_call *c)
             PyExc_ValueError,
             "%s: packed gradients need query, key and value of one length and head "
             "size",
-            OP);
+            c->op);
         return NULL;
     }
     const npy_intp heads[3] = {p->heads, p->kv_heads, p->kv_heads};
@@ -147,16 +147,17 @@ new_packed(nf_attention_call *c)
 
 /* The gradient of one of the outputs, or zeros where it is None. */
 static PyArrayObject *
-take_gradient(PyObject *object, int type, int ndim, const npy_intp *shape, const char *name)
+take_gradient(PyObject *object, int type, int ndim, const npy_intp *shape, const char *op,
+              const char *name)
 {
     if (!nf_given(object)) {
         return nf_new_zeroed(ndim, shape, type);
     }
-    if (nf_array(object, type, ndim, OP, name) == NULL
-        || nf_check_shape((PyArrayObject *)object, ndim, shape, OP, name) < 0) {
+    if (nf_array(object, type, ndim, op, name) == NULL
+        || nf_check_shape((PyArrayObject *)object, ndim, shape, op, name) < 0) {
         return NULL;
     }
-    return ndim == 4 ? nf_attention_take(object, type, name)
+    return ndim == 4 ? nf_attention_take(object, type, op, name)
                      : nf_contiguous((PyArrayObject *)object);
 }
 
@@ -225,23 +226,25 @@ attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     nf_attention_call c = {0};
     PyArrayObject *packed = NULL;
     PyObject *result = NULL;
-    if (nf_check_count(OP, count, 12) < 0 || nf_attention_inputs(&c, args) < 0) {
+    if (nf_check_count(SDPA, count, 12) < 0 || nf_attention_inputs(&c, args) < 0) {
         goto fail;
     }
     nf_attention *const p = &c.p;
     const npy_intp rows[4] = {PyArray_DIM(c.q, 0), p->heads, PyArray_DIM(c.q, 2), 2};
     const npy_intp out_shape[4] = {PyArray_DIM(c.q, 0), p->heads, PyArray_DIM(c.q, 2),
                                    p->value_dim};
-    if ((c.out = nf_attention_take(args[7], c.numbers, "out")) == NULL
-        || nf_check_shape(c.out, 4, out_shape, OP, "out") < 0
-        || (c.stats = nf_attention_take(args[8], c.numbers, "stats")) == NULL
-        || nf_check_shape(c.stats, 4, rows, OP, "stats") < 0
-        || (c.dout = take_gradient(args[9], c.type, 4, out_shape, "the gradient of out"))
+    if ((c.out = nf_attention_take(args[7], c.numbers, c.op, "out")) == NULL
+        || nf_check_shape(c.out, 4, out_shape, c.op, "out") < 0
+        || (c.stats = nf_attention_take(args[8], c.numbers, c.op, "stats")) == NULL
+        || nf_check_shape(c.stats, 4, rows, c.op, "stats") < 0
+        || (c.dout =
+                take_gradient(args[9], c.type, 4, out_shape, c.op, "the gradient of out"))
                == NULL) {
         goto fail;
     }
     if (nf_given(args[10])
-        && (c.dlse = take_gradient(args[10], c.numbers, 3, rows, "the gradient of lse"))
+        && (c.dlse =
+                take_gradient(args[10], c.numbers, 3, rows, c.op, "the gradient of lse"))
                == NULL) {
         goto fail;
     }
@@ -268,7 +271,7 @@ attention_backward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     Py_BEGIN_ALLOW_THREADS;
     status = nf_attention_backward(c.kernels, p);
     Py_END_ALLOW_THREADS;
-    if (nf_check_status(status, OP) < 0) {
+    if (nf_check_status(status, c.op) < 0) {
         goto fail;
     }
     result = wants & PACKED ? Py_NewRef((PyObject *)packed)

@@ -4,10 +4,14 @@
 #include "bind/arguments.h"
 #include "ops/attention.h"
 
-#define OP "scaled_dot_product_attention"
+/* Who calls, in messages. */
+#define SDPA   "scaled_dot_product_attention"
+#define VARLEN "attention_varlen"
+#define PAGED  "paged_attention"
 
 /* What a call owns. */
 typedef struct {
+    const char *op;
     PyArrayObject *q, *k, *v; /* rows contiguous */
     PyArrayObject *out, *exact, *lse, *stats;
     PyArrayObject *dout, *dlse, *dq, *dk, *dv;
@@ -24,7 +28,8 @@ void nf_attention_release(nf_attention_call *c);
 
 /* `object` with its last axis contiguous and its strides whole elements: itself where it is so,
    else a copy. A new reference; NULL with an error. */
-PyArrayObject *nf_attention_take(PyObject *object, int type, const char *name);
+PyArrayObject *nf_attention_take(PyObject *object, int type, const char *op,
+                                 const char *name);
 
 /* Of a type that nf_attention_inputs has let through: the only one that is not NumPy's own is
    bfloat16. */

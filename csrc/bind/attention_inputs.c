@@ -33,9 +33,9 @@ nf_attention_release(nf_attention_call *c)
 }
 
 PyArrayObject *
-nf_attention_take(PyObject *object, int type, const char *name)
+nf_attention_take(PyObject *object, int type, const char *op, const char *name)
 {
-    PyArrayObject *array = nf_needed(object, type, 4, OP, name);
+    PyArrayObject *array = nf_needed(object, type, 4, op, name);
     if (array == NULL) {
         return NULL;
     }
@@ -62,19 +62,20 @@ take_mask(nf_attention_call *c, PyObject *object)
         return 0;
     }
     if (!PyArray_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "%s: attn_mask must be an array, got %s", OP,
+        PyErr_Format(PyExc_TypeError, "%s: attn_mask must be an array, got %s", c->op,
                      Py_TYPE(object)->tp_name);
         return -1;
     }
     PyArrayObject *mask = (PyArrayObject *)object;
     const int boolean = PyArray_TYPE(mask) == NPY_BOOL;
     const int type = PyArray_TYPE(mask) == c->numbers ? c->numbers : c->type;
-    if (!boolean && nf_array(object, type, -1, OP, "attn_mask") == NULL) {
+    if (!boolean && nf_array(object, type, -1, c->op, "attn_mask") == NULL) {
         PyErr_Clear();
         PyErr_Format(PyExc_TypeError,
                      "%s: attn_mask must be boolean (True: attend) or have the dtype of "
                      "query%s and native, aligned memory, got %S",
-                     OP, c->type == c->numbers ? "" : ", or float32,", PyArray_DESCR(mask));
+                     c->op, c->type == c->numbers ? "" : ", or float32,",
+                     PyArray_DESCR(mask));
         return -1;
     }
     const npy_intp shape[4] = {p->batch, p->heads, p->queries, p->keys};
@@ -88,7 +89,7 @@ take_mask(nf_attention_call *c, PyObject *object)
         if (n != 1 && stride % item) {
             PyErr_Format(PyExc_ValueError,
                          "%s: attn_mask must have strides of whole elements; give a copy",
-                         OP);
+                         c->op);
             return -1;
         }
         p->mask_strides[i] = n == 1 ? 0 : stride / item;
@@ -99,7 +100,7 @@ take_mask(nf_attention_call *c, PyObject *object)
             PyErr_Format(PyExc_ValueError,
                          "%s: attn_mask must broadcast to (B, H, Sq, Sk) = (%zd, %zd, %zd, "
                          "%zd), got %R",
-                         OP, shape[0], shape[1], shape[2], shape[3], got);
+                         c->op, shape[0], shape[1], shape[2], shape[3], got);
             Py_DECREF(got);
         }
         return -1;
@@ -119,14 +120,14 @@ check_lengths(const nf_attention_call *c, int paged)
         PyErr_Format(PyExc_ValueError,
                      "%s: key must have shape (%zd, Hkv, Sk, %zd) as query says, got (%zd, "
                      "%zd, %zd, %zd)",
-                     OP, q[0], q[3], k[0], k[1], k[2], k[3]);
+                     c->op, q[0], q[3], k[0], k[1], k[2], k[3]);
         return -1;
     }
     if (v[0] != k[0] || v[1] != k[1] || v[2] != k[2]) {
         PyErr_Format(PyExc_ValueError,
                      "%s: value must have shape (%zd, %zd, %zd, Dv) as key says, got (%zd, "
                      "%zd, %zd, %zd)",
-                     OP, k[0], k[1], k[2], v[0], v[1], v[2], v[3]);
+                     c->op, k[0], k[1], k[2], v[0], v[1], v[2], v[3]);
         return -1;
     }
     if (k[1] == 0 ? q[1] != 0 : q[1] % k[1] != 0) {
@@ -134,7 +135,7 @@ check_lengths(const nf_attention_call *c, int paged)
             PyExc_ValueError,
             "%s: the heads of query must be a multiple of those of key, got %zd and "
             "%zd",
-            OP, q[1], k[1]);
+            c->op, q[1], k[1]);
         return -1;
     }
     return 0;
@@ -142,14 +143,15 @@ check_lengths(const nf_attention_call *c, int paged)
 
 /* A finite number in [least, most). */
 static int
-take_number(PyObject *object, double least, double most, const char *name, double *to)
+take_number(PyObject *object, double least, double most, const char *op, const char *name,
+            double *to)
 {
     *to = PyFloat_AsDouble(object);
     if (*to == -1.0 && PyErr_Occurred()) {
         return -1;
     }
     if (!(*to >= least && *to < most)) {
-        PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got %R", OP, name,
+        PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got %R", op, name,
                      most <= 1 ? "at least 0 and below 1" : "finite and not negative",
                      object);
         return -1;
@@ -158,21 +160,23 @@ take_number(PyObject *object, double least, double most, const char *name, doubl
 }
 
 static int
-take_window(nf_attention *p, PyObject *left, PyObject *right)
+take_window(nf_attention_call *c, PyObject *left, PyObject *right)
 {
-    const Py_ssize_t l = PyNumber_AsSsize_t(left, PyExc_OverflowError);
+    nf_attention *const p = &c->p;
+    /* Clipped where it is beyond Py_ssize_t. */
+    const Py_ssize_t l = PyNumber_AsSsize_t(left, NULL);
     if (l == -1 && PyErr_Occurred()) {
         return -1;
     }
-    const Py_ssize_t r = PyNumber_AsSsize_t(right, PyExc_OverflowError);
+    const Py_ssize_t r = PyNumber_AsSsize_t(right, NULL);
     if (r == -1 && PyErr_Occurred()) {
         return -1;
     }
     if (l < -1 || r < -1) {
         PyErr_Format(PyExc_ValueError,
                      "%s: window_size must be two numbers of keys, -1 for no bound, got "
-                     "(%zd, %zd)",
-                     OP, l, r);
+                     "(%S, %S)",
+                     c->op, left, right);
         return -1;
     }
     p->left = l < 0 || l > NF_UNBOUNDED ? NF_UNBOUNDED : l;
@@ -188,13 +192,13 @@ take_per_head(const nf_attention_call *c, PyObject *object, int batched, const c
     const int is_short = c->type != c->numbers && PyArray_Check(object)
                          && PyArray_TYPE((PyArrayObject *)object) == c->type;
     PyArrayObject *const array =
-        nf_array(object, is_short ? c->type : c->numbers, -1, OP, name);
+        nf_array(object, is_short ? c->type : c->numbers, -1, c->op, name);
     if (array == NULL) {
         return NULL;
     }
     const npy_intp shape[2] = {c->p.batch, c->p.heads};
     const int two = batched && PyArray_NDIM(array) == 2;
-    if (nf_check_shape(array, two ? 2 : 1, two ? shape : shape + 1, OP, name) < 0) {
+    if (nf_check_shape(array, two ? 2 : 1, two ? shape : shape + 1, c->op, name) < 0) {
         return NULL;
     }
     return is_short ? (PyArrayObject *)PyArray_Cast(array, c->numbers)
@@ -209,15 +213,15 @@ take_features(nf_attention_call *c, PyObject *object)
         return 0;
     }
     if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != FEATURES) {
-        PyErr_Format(PyExc_TypeError, "%s: features must be a tuple of %d, got %R", OP,
+        PyErr_Format(PyExc_TypeError, "%s: features must be a tuple of %d, got %R", c->op,
                      FEATURES, object);
         return -1;
     }
     PyObject *const *const f = &PyTuple_GET_ITEM(object, 0);
     double dropout;
-    if (nf_attention_sequences(c, f) < 0 || take_window(p, f[LEFT], f[RIGHT]) < 0
-        || take_number(f[SOFTCAP], 0, HUGE_VAL, "softcap", &p->softcap) < 0
-        || take_number(f[DROPOUT], 0, 1, "dropout_p", &dropout) < 0) {
+    if (nf_attention_sequences(c, f) < 0 || take_window(c, f[LEFT], f[RIGHT]) < 0
+        || take_number(f[SOFTCAP], 0, HUGE_VAL, c->op, "softcap", &p->softcap) < 0
+        || take_number(f[DROPOUT], 0, 1, c->op, "dropout_p", &dropout) < 0) {
         return -1;
     }
     if (p->softcap > (c->numbers == NPY_DOUBLE ? 0x1p900 : 0x1p90)) {
@@ -249,11 +253,16 @@ take_features(nf_attention_call *c, PyObject *object)
 
 enum { CAUSAL = 1, TOP_LEFT = 2 };
 
-static int
-is_paged(PyObject *features)
+/* Who calls, as the features tell. */
+static const char *
+caller(PyObject *features)
 {
-    return PyTuple_Check(features) && PyTuple_GET_SIZE(features) == FEATURES
-           && nf_given(PyTuple_GET_ITEM(features, BLOCK_TABLE));
+    if (!PyTuple_Check(features) || PyTuple_GET_SIZE(features) != FEATURES) {
+        return SDPA;
+    }
+    return nf_given(PyTuple_GET_ITEM(features, BLOCK_TABLE)) ? PAGED
+           : nf_given(PyTuple_GET_ITEM(features, Q_STARTS))  ? VARLEN
+                                                             : SDPA;
 }
 
 static int
@@ -266,7 +275,7 @@ is_bfloat16(PyArrayObject *array)
 
 /* The type of query, or that of a cache, which may be another one than query's. */
 static int
-type_of(PyObject *object, int cache, const char *name)
+type_of(PyObject *object, int cache, const char *op, const char *name)
 {
     if (!PyArray_Check(object)) {
         return NPY_NOTYPE; /* nf_array has the message */
@@ -280,25 +289,27 @@ type_of(PyObject *object, int cache, const char *name)
     PyErr_Format(PyExc_TypeError,
                  "%s: %s must be float32, float16, bfloat16 (of ml_dtypes) or %s, got %S; "
                  "convert it with .astype(numpy.float32)",
-                 OP, name, cache ? "int8" : "float64", PyArray_DESCR(array));
+                 op, name, cache ? "int8" : "float64", PyArray_DESCR(array));
     return -1;
 }
 
 static int
 take_arrays(nf_attention_call *c, PyObject *const *args, int paged)
 {
-    const int type = type_of(args[0], 0, "query");
-    if (type < 0 || (c->q = nf_attention_take(args[0], type, "query")) == NULL) {
+    const int type = type_of(args[0], 0, c->op, "query");
+    if (type < 0 || (c->q = nf_attention_take(args[0], type, c->op, "query")) == NULL) {
         return -1;
     }
     c->type = type;
     c->numbers = type == NPY_DOUBLE ? NPY_DOUBLE : NPY_FLOAT;
     c->kernels = type == NPY_DOUBLE ? nf_kernels.attention_f64 : nf_kernels.attention_f32;
     const int cached =
-        paged && type != NPY_DOUBLE ? type_of(args[1], 1, "key_cache") : type;
+        paged && type != NPY_DOUBLE ? type_of(args[1], 1, c->op, "key_cache") : type;
     if (cached < 0
-        || (c->k = nf_attention_take(args[1], cached, paged ? "key_cache" : "key")) == NULL
-        || (c->v = nf_attention_take(args[2], cached, paged ? "value_cache" : "value"))
+        || (c->k = nf_attention_take(args[1], cached, c->op, paged ? "key_cache" : "key"))
+               == NULL
+        || (c->v =
+                nf_attention_take(args[2], cached, c->op, paged ? "value_cache" : "value"))
                == NULL) {
         return -1;
     }
@@ -309,7 +320,8 @@ int
 nf_attention_inputs(nf_attention_call *c, PyObject *const *args)
 {
     nf_attention *p = &c->p;
-    if (take_arrays(c, args, is_paged(args[6])) < 0) {
+    c->op = caller(args[6]);
+    if (take_arrays(c, args, strcmp(c->op, PAGED) == 0) < 0) {
         return -1;
     }
     const npy_intp *q = PyArray_DIMS(c->q), *k = PyArray_DIMS(c->k);
@@ -318,7 +330,7 @@ nf_attention_inputs(nf_attention_call *c, PyObject *const *args)
     p->q = nf_heads_of(c->q), p->k = nf_heads_of(c->k), p->v = nf_heads_of(c->v);
     if (p->queries > 1 << 30 || p->keys > 1 << 30) {
         PyErr_Format(PyExc_ValueError, "%s: at most 2^30 queries and keys, got %zd and %zd",
-                     OP, p->queries, p->keys);
+                     c->op, p->queries, p->keys);
         return -1;
     }
     p->rows_batch = p->heads * p->queries, p->rows_head = p->queries;

@@ -1,9 +1,6 @@
 /* The sequences of attention: padded, packed, or with their keys and values in blocks of a cache. */
 #include "bind/attention.h"
 
-#define PAGED  "paged_attention"
-#define VARLEN "attention_varlen"
-
 /* A new (B, ...) array of int64. */
 static PyArrayObject *
 take_integers(PyObject *object, int ndim, const char *op, const char *name)
@@ -147,8 +144,7 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
 {
     nf_attention *p = &c->p;
     if (nf_given(f[Q_STARTS])) {
-        p->queries = take_starts(f[Q_STARTS], PyArray_DIM(c->q, 2),
-                                 nf_given(f[BLOCK_TABLE]) ? PAGED : VARLEN, "cu_seqlens_q",
+        p->queries = take_starts(f[Q_STARTS], PyArray_DIM(c->q, 2), c->op, "cu_seqlens_q",
                                  &c->q_starts);
         if (p->queries < 0) {
             return -1;
@@ -181,7 +177,6 @@ nf_attention_sequences(nf_attention_call *c, PyObject *const *f)
                    : take_block_table(c, f[BLOCK_TABLE], f[KV_LENGTHS]);
     }
     return nf_given(f[KV_LENGTHS])
-               ? take_kv_lengths(c, f[KV_LENGTHS], p->keys, p->k_starts ? VARLEN : OP,
-                                 "kv_lengths")
+               ? take_kv_lengths(c, f[KV_LENGTHS], p->keys, c->op, "kv_lengths")
                : 0;
 }

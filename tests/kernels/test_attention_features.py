@@ -167,7 +167,9 @@ def test_one_element_of_a_window_is_the_value_itself_and_causality_closes_its_ri
     np.testing.assert_allclose(sdpa(q, k, v, window_size=(0, 0)), v, rtol=1e-6)
     assert (sdpa(q, k, v, window_size=(-1, 0)) == sdpa(q, k, v, is_causal=True)).all()
     assert (sdpa(q, k, v, window_size=(3, 5), is_causal=True) == sdpa(q, k, v, window_size=(3, 0))).all()
-    assert (sdpa(q, k, v, window_size=(30, 2**62)) == sdpa(q, k, v)).all()
+    for wide in (2**62, 2**70):
+        assert (sdpa(q, k, v, window_size=(30, wide)) == sdpa(q, k, v, window_size=(wide, 30))).all()
+        assert (sdpa(q, k, v, window_size=(30, wide)) == sdpa(q, k, v)).all()
 
 
 @pytest.mark.parametrize("sq, sk, left, right", [(300, 300, 40, 0), (130, 300, 17, 20), (300, 130, 200, 9),
@@ -306,7 +308,11 @@ def test_a_window_may_come_as_an_array_or_a_list(record):
     ({"softcap": -1.0}, ValueError, "softcap must be finite and not negative"),
     ({"softcap": np.inf}, ValueError, "softcap must be finite and not negative"),
     ({"dropout_p": 1.0, "rng": np.random.default_rng(0)}, ValueError, "dropout_p must be at least 0 and below 1"),
+    ({"dropout_p": 1.0}, ValueError, "attention: dropout_p must be at least 0 and below 1, got 1.0"),
+    ({"dropout_p": "a"}, TypeError, "attention: dropout_p must be a real number, got 'a'"),
+    ({"dropout_p": np.zeros(2)}, TypeError, "attention: dropout_p must be a real number, got array"),
     ({"dropout_p": 0.5}, TypeError, "rng must be a numpy.random.Generator"),
+    ({"causal_align": ["top_left"]}, ValueError, "attention: causal_align must be"),
     ({"alibi_slopes": np.ones(3, np.float32)}, ValueError, "alibi_slopes must have shape"),
     ({"alibi_slopes": np.ones((1, 4), np.float32)}, ValueError, "alibi_slopes must have shape"),
     ({"alibi_slopes": np.ones(4)}, TypeError, "alibi_slopes must be float32"),

@@ -173,6 +173,22 @@ def test_wrong_packing_is_named_in_the_error():
             nf.attention_varlen(q, k, k, [0, *cu_k[1:-1], 5], cu_k, kv_lengths=wrong)
     with pytest.raises(TypeError, match="cu_seqlens_k must be integers"):
         nf.attention_varlen(q, k, k, [0, 5], [0.0, 6.0])
+    for wrong in ((None, [0, 6]), ([0, 5], None)):
+        with pytest.raises(TypeError, match=r"attention_varlen: cu_seqlens_. must be integers in 1 dimension"):
+            nf.attention_varlen(q, k, k, *wrong)
+    for wrong, message in (((k[..., :7], k), r"key must have shape \(Tk, Hkv, 8\) .* got \(6, 2, 7\)"),
+                           ((k, k[:5]), r"value must have shape \(6, 2, Dv\) .* got \(5, 2, 8\)"),
+                           ((k[:, :0], k[:, :0]), "the heads of query must be a multiple")):
+        with pytest.raises(ValueError, match=f"attention_varlen: {message}"):
+            nf.attention_varlen(q, *wrong, [0, 5], [0, 6])
+    with pytest.raises(ValueError, match=r"attention_varlen: out must have shape \(5, 4, 8\), got \(5, 8, 4\)"):
+        nf.attention_varlen(q, k, k, [0, 5], [0, 6], out=np.empty((5, 8, 4), np.float32))
+    for keywords, message in (({"causal_align": "x"}, "causal_align"), ({"sinks": np.ones(3, np.float32)}, "sinks"),
+                              ({"window_size": (-2, 0)}, "window_size")):
+        with pytest.raises(ValueError, match=f"attention_varlen: {message} must"):
+            nf.attention_varlen(q, k, k, [0, 5], [0, 6], **keywords)
+        with pytest.raises(ValueError, match=f"paged_attention: {message} must"):
+            nf.paged_attention(tokens(1, 4, 1, 8), k[None], k[None], [[0]], [6], **keywords)
     for name, wrong in (("window_size", (None, 0)), ("softcap", "x"), ("scale", "x")):
         with pytest.raises(TypeError, match=f"attention_varlen: .*{name} must be"):
             nf.attention_varlen(q, k, k, [0, 5], [0, 6], **{name: wrong})
@@ -186,6 +202,12 @@ def test_wrong_packing_is_named_in_the_error():
         nf.paged_attention(step, cache, cache, [[0, 1], [2, 3]], [20, 33])
     with pytest.raises(ValueError, match="block_table must have a row for each of 2"):
         nf.paged_attention(step, cache, cache, [[0, 1]], [20, 20])
+    with pytest.raises(TypeError, match="paged_attention: block_table must be integers in 2 dimensions"):
+        nf.paged_attention(step, cache, cache, None, [20, 20])
+    with pytest.raises(ValueError, match=r"paged_attention: query and key_cache .* \(2, 4, 1, 8\) and \(4, 16, 2, 7\)"):
+        nf.paged_attention(step, cache[..., :7], cache, [[0, 1], [2, 3]], [20, 20])
+    with pytest.raises(ValueError, match=r"paged_attention: value_cache must have shape \(4, 16, 2, Dv\)"):
+        nf.paged_attention(step, cache, cache[:, :, :1], [[0, 1], [2, 3]], [20, 20])
     with pytest.raises(ValueError, match="key_cache must be"):
         nf.paged_attention(step, cache[0], cache, [[0, 1]], [20, 20])
 
@@ -201,7 +223,7 @@ def test_a_given_output_is_written_to_and_returned():
         out = np.empty(want.shape, np.float32)
         assert nf.paged_attention(query, *caches, table, [16, 9, 12], out=out, **more) is out and (out == want).all()
     apart = np.empty((15, 4, 48), np.float32)[..., ::2]
-    for wrong, error, message in ((q[:, :, :1], ValueError, r"out must have shape \(1, 4, 15, 24\)"),
+    for wrong, error, message in ((q[:, :, :1], ValueError, r"out must have shape \(15, 4, 24\)"),
                                   (apart, ValueError, "out must be writeable and C-contiguous"),
                                   ([1.0], TypeError, "out must be an array")):
         with pytest.raises(error, match=message):

@@ -19,12 +19,24 @@ _PLAIN = (np.ndarray, type(None))       # what goes to the kernel as it is
 _CAUSAL, _PACKED, _WANT_MASK, _WANT_SLOPES, _WANT_SINKS = 1, 1, 2, 4, 8     # as in csrc/bind/attention.c
 
 
-def _causal(is_causal, causal_align):
+def _causal(is_causal, causal_align, op=_OP):
     """Which keys a query sees, in the binding's terms."""
-    align = _ALIGN.get(causal_align)
+    align = _ALIGN.get(causal_align) if type(causal_align) is str else None
     if align is None:
-        raise ValueError(f'{_OP}: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
+        raise ValueError(f'{op}: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
     return align | (_CAUSAL if is_causal else 0)
+
+
+def as_window(window_size, op):
+    """(left, right) as ints."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ValueError(f"{op}: window_size must be two numbers of keys, (left, right), got "
+                         f"{window_size!r}") from None
+    if type(left) is int and type(right) is int:
+        return left, right
+    return tuple(as_integer(side, op, "each side of window_size") for side in (left, right))
 
 
 def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, kv_lengths=None, dropout_p=0.0,
@@ -35,14 +47,12 @@ def _features(window_size=(-1, -1), softcap=0.0, alibi_slopes=None, sinks=None, 
         softcap = 0.0 if softcap is None else as_number(softcap, op, "softcap")
     if kv_lengths is not None:
         kv_lengths = as_array(kv_lengths, op, "kv_lengths")
+    if type(dropout_p) is not float:
+        dropout_p = as_number(dropout_p, op, "dropout_p")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be at least 0 and below 1, got {dropout_p}")
     key = 0 if dropout_p == 0 else draw_key(op, "dropout_p", rng)
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ValueError(f"{op}: window_size must be two numbers of keys, (left, right), got "
-                         f"{window_size!r}") from None
-    if type(left) is not int or type(right) is not int:
-        left, right = (as_integer(side, op, "each side of window_size") for side in (left, right))
+    left, right = as_window(window_size, op)
     if left == right == -1 and softcap == 0 and dropout_p == 0 and (
             alibi_slopes is sinks is kv_lengths is cu_seqlens_q is block_table is None):
         return None
@@ -60,9 +70,10 @@ def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, drop
     batch axes have length 1 and the sequences lie one behind the other. `gradients` names those of attn_mask, ALiBi
     slopes and sinks that the backward pass shall compute.
     """
+    op = _OP if features.get("cu_seqlens_q") is None else "attention_varlen"
     query, key, value, attn_mask, alibi_slopes, sinks = as_arrays(
-        _OP, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
-    causal = _causal(is_causal, causal_align)
+        op, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
+    causal = _causal(is_causal, causal_align, op)
     features = _features(alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, **features)
     out, lse, stats, exact = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
     saved = query, key, value, attn_mask, causal, scale, features, gradients, return_lse, exact, stats
@@ -202,7 +213,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         scale = as_number(scale, _OP, "scale")
     arrays = type(query) is type(key) is type(value) is np.ndarray
     extras = (type(window_size) is not tuple or window_size != (-1, -1) or type(softcap) is not float or softcap
-              or alibi_slopes is not None or sinks is not None or kv_lengths is not None or dropout_p != 0.0)
+              or alibi_slopes is not None or sinks is not None or kv_lengths is not None
+              or type(dropout_p) is not float or dropout_p != 0.0)
     if arrays and type(attn_mask) in _PLAIN and not extras:
         causal = _causal(is_causal, causal_align) if is_causal or causal_align != "bottom_right" else 0
         return _core.attention_forward(query, key, value, attn_mask, scale, causal, None, out, 1 if return_lse else 0)

@@ -18,11 +18,16 @@ def _heads(x, op, name):
     return x.transpose(1, 0, 2)[None]
 
 
-def _place(out, op):
-    """`out` (T, H, D), which is to be written, as the kernel takes it."""
-    if out is not None and not isinstance(out, np.ndarray):
+def _place(out, op, query, value_dim):
+    """`out` (T, H, D), which is to be written, as the kernel takes it; `query` is so already."""
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray):
         raise TypeError(f"{op}: out must be an array, got {type(out).__name__}")
-    return None if out is None else _heads(out, op, "out")
+    shape = query.shape[2], query.shape[1], value_dim
+    if out.shape != shape:
+        raise ValueError(f"{op}: out must have shape {shape}, got {out.shape}")
+    return _heads(out, op, "out")
 
 
 def _tokens(x):
@@ -35,10 +40,17 @@ def attention_varlen_forward(query, key, value, cu_seqlens_q, cu_seqlens_k, alib
     """Return ``(out, saved)``, or ``((out, lse), saved)``; `saved` is what :func:`attention_varlen_backward` needs."""
     query, key, value = (_heads(x, "attention_varlen", name) for x, name in
                          ((query, "query"), (key, "key"), (value, "value")))
-    cu_seqlens_q, cu_seqlens_k = as_arrays("attention_varlen", cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"attention_varlen: key must have shape (Tk, Hkv, {query.shape[3]}) as query says, got "
+                         f"{_tokens(key).shape}")
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"attention_varlen: value must have shape ({key.shape[2]}, {key.shape[1]}, Dv) as key says, "
+                         f"got {_tokens(value).shape}")
+    cu_seqlens_q, cu_seqlens_k = (as_array(x, "attention_varlen", name) for x, name in
+                                  ((cu_seqlens_q, "cu_seqlens_q"), (cu_seqlens_k, "cu_seqlens_k")))
     (heads, lse), saved = attention.scaled_dot_product_attention_forward(
         query, key, value, alibi_slopes=alibi_slopes, sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        return_lse=True, out=_place(out, "attention_varlen"), **keywords)
+        return_lse=True, out=_place(out, "attention_varlen", query, value.shape[3]), **keywords)
     out = _tokens(heads) if out is None else out
     return ((out, _tokens(lse)) if return_lse else out), (saved, return_lse)
 
@@ -162,25 +174,33 @@ def paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, *
     A cache is read where it lies, a tile of keys at a time; no more than that is ever widened to float32.
     """
     op = "paged_attention"
-    query, key_cache, value_cache, block_table, cu_seqlens_q, alibi_slopes, sinks, key_scale, value_scale = as_arrays(
-        op, query=query, key_cache=key_cache, value_cache=value_cache, block_table=block_table,
-        cu_seqlens_q=cu_seqlens_q, alibi_slopes=alibi_slopes, sinks=sinks, key_scale=key_scale,
+    query, key_cache, value_cache, block_table = (as_array(x, op, name) for x, name in (
+        (query, "query"), (key_cache, "key_cache"), (value_cache, "value_cache"), (block_table, "block_table")))
+    cu_seqlens_q, alibi_slopes, sinks, key_scale, value_scale = as_arrays(
+        op, cu_seqlens_q=cu_seqlens_q, alibi_slopes=alibi_slopes, sinks=sinks, key_scale=key_scale,
         value_scale=value_scale)
     for x, name in ((key_cache, "key_cache"), (value_cache, "value_cache")):
         if x.ndim != 4 or x.shape[1] == 0:
             raise ValueError(f"{op}: {name} must be an array (blocks, block_size, heads, head_dim), got {x.shape}")
+    if query.shape[-1:] != key_cache.shape[3:]:
+        raise ValueError(f"{op}: query and key_cache must have one head_dim as their last axis, got {query.shape} and "
+                         f"{key_cache.shape}")
+    if value_cache.shape[:3] != key_cache.shape[:3]:
+        raise ValueError(f"{op}: value_cache must have shape ({', '.join(map(str, key_cache.shape[:3]))}, Dv) as "
+                         f"key_cache says, got {value_cache.shape}")
     if scale is not None and type(scale) is not float:
         scale = as_number(scale, op, "scale")
     if kv_lengths is not None:
         cache_seqlens = _shorter(kv_lengths, cache_seqlens)
     packed = cu_seqlens_q is not None
+    query = _heads(query, op, "query") if packed else query
     features = attention._features(
         window_size, softcap, alibi_slopes, sinks, cache_seqlens, dropout_p, rng, cu_seqlens_q=cu_seqlens_q,
         block_table=block_table, key_scale=key_scale, value_scale=value_scale)
     result = _core.attention_forward(
-        _heads(query, op, "query") if packed else query, key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2), None,
-        scale, attention._causal(is_causal, causal_align), features,
-        _place(out, op) if packed else out, 1)
+        query, key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2), None, scale,
+        attention._causal(is_causal, causal_align, op), features,
+        _place(out, op, query, value_cache.shape[3]) if packed else out, 1)
     heads, lse = (_tokens(x) for x in result) if packed else result
     out = heads if out is None else out
     return (out, lse) if return_lse else out
