@@ -266,6 +266,9 @@ def test_combinations_that_mean_nothing_are_refused():
         RollingKVCache([plain], 2)
     with pytest.raises(ValueError, match="151 positions, and the capacity is 150"):
         plain(stream(2, 151), cache=KVCache([plain], 2, S))
+    for cache in (KVCache([plain], 2, S), RollingKVCache(layers("window"), 2)):
+        with pytest.raises(ValueError, match=f"{type(cache).__name__}: a batch of 1, and the cache is for 2 sequences"):
+            plain(x[:1], cache=cache)
     with pytest.raises(ValueError, match="a batch of 1 for 2 sequences"):
         plain(x[:1], cache=PagedKVCache([plain], 2, 8))
     (dropping,) = layers("window", dropout=0.5)

@@ -70,6 +70,8 @@ class KVCache:
     def extend(self, layer, key, value):
         """Put new keys and values behind those of `layer`; return all of them (views)."""
         keys, values, old = self.keys[layer], self.values[layer], self.length
+        if len(key) != len(keys):
+            raise ValueError(f"KVCache: a batch of {len(key)}, and the cache is for {len(keys)} sequences")
         new = old + key.shape[2]
         if new > self.capacity:
             raise ValueError(f"KVCache: {new} positions, and the capacity is {self.capacity}")
@@ -130,6 +132,8 @@ class RollingKVCache:
     def attend(self, layer, query, key, value, *, window_size, dropout_p=0.0, rng=None, **keywords):
         """As of :class:`KVCache`; what no later query sees is overwritten."""
         query, key, value = _arrays(query, key, value, dropout_p, rng)
+        if len(query) != self.batch:
+            raise ValueError(f"RollingKVCache: a batch of {len(query)}, and the cache is for {self.batch} sequences")
         keys, values, size = self.keys[layer], self.values[layer], self.block_size
         blocks = len(keys) // self.batch
         own = np.arange(self.batch)[:, None] * blocks
