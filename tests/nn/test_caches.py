@@ -246,10 +246,18 @@ def test_a_map_of_one_row_holds_no_square():
     assert w.shape == (1, 1, 2, 20000) and peak < 30 * w.nbytes
 
 
-@pytest.mark.parametrize(("keywords", "match"), [
-    ({"window_size": (-2, 0)}, "each -1 or more"), ({"window_size": (3, 2)}, "nothing ahead where causal")])
-def test_windows_that_mean_nothing_are_refused(keywords, match):
-    with pytest.raises(ValueError, match=match):
+@pytest.mark.parametrize(("keywords", "error", "match"), [
+    ({"window_size": (-2, 0)}, ValueError, "each -1 or more"),
+    ({"window_size": (3, 2)}, ValueError, "nothing ahead where causal"),
+    ({"window_size": 5}, ValueError, r"window_size must be two numbers of keys, \(left, right\), got 5"),
+    ({"window_size": (1, 2, 3)}, ValueError, "window_size must be two numbers of keys"),
+    ({"dropout": 1.5}, ValueError, r"dropout must be in \[0, 1\), got 1.5"),
+    ({"dropout": "some"}, TypeError, "dropout must be a real number, got 'some'"),
+    ({"alibi": "yes"}, TypeError, "alibi must be a bool or 4 slopes, got 'yes'"),
+    ({"alibi": None}, TypeError, "alibi must be a bool or 4 slopes, got None"),
+])
+def test_options_that_mean_nothing_are_refused(keywords, error, match):
+    with pytest.raises(error, match=f"MultiHeadAttention: .*{match}"):
         MultiHeadAttention(32, 4, rng=np.random.default_rng(0), **keywords)
 
 
@@ -280,5 +288,30 @@ def test_combinations_that_mean_nothing_are_refused():
         plain.maps(x, heads=4)
     with pytest.raises(ValueError, match="rows must be integers below 150"):
         plain.maps(x, rows=[0.5])
+    for wrong in (x[0], 3):
+        for see in (plain, plain.maps):
+            with pytest.raises(ValueError, match=r"MultiHeadAttention: x must .* got (int|\(150, 32\))"):
+                see(wrong)
     with pytest.raises(ValueError, match="H a multiple of Hkv"):
         attention_maps(np.zeros((1, 3, 2, 4)), np.zeros((1, 2, 2, 4)))
+
+
+@pytest.mark.parametrize(("keywords", "error", "match"), [
+    ({"window_size": 5}, ValueError, "window_size must be two numbers of keys"),
+    ({"window_size": (-2, 0)}, ValueError, "window_size must be two numbers of keys"),
+    ({"scale": "x"}, TypeError, "scale must be a real number, got 'x'"),
+    ({"softcap": -1.0}, ValueError, "softcap must be finite and not negative"),
+    ({"attn_mask": np.zeros((2, 4), np.float32)}, ValueError, r"attn_mask must broadcast to .* \(1, 4, 2, 3\)"),
+    ({"attn_mask": np.ones((2, 3), int)}, TypeError, "attn_mask must be boolean or of floats, got int64"),
+    ({"alibi_slopes": [1, 2, 3, 4]}, TypeError, "alibi_slopes must be of floats, got int64"),
+    ({"alibi_slopes": np.ones(3, np.float32)}, ValueError, "alibi_slopes must have shape"),
+    ({"sinks": np.ones((1, 4), np.float32)}, ValueError, "sinks must have shape"),
+    ({"key": np.ones((1, 2, 3, 8))}, TypeError, "key float64"),
+    ({"query": np.ones((1, 4, 2, 8), int)}, TypeError, "query must be float32 or float64, got int64"),
+])
+def test_what_maps_cannot_be_made_of_is_named(keywords, error, match):
+    arrays = {"query": np.ones((1, 4, 2, 8), np.float32), "key": np.ones((1, 2, 3, 8), np.float32)}
+    with pytest.raises(error, match=f"attention_maps: .*{match}"):
+        attention_maps(**arrays | keywords)
+    wide = attention_maps(**arrays, window_size=(2**70, 2**70))
+    assert (wide == attention_maps(**arrays)).all()

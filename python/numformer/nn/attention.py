@@ -7,9 +7,9 @@ from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.maps import attention_maps
 from numformer.nn.module import Module
-from numformer.ops.arguments import as_integer, need_sizes
-from numformer.ops.attention import packed_attention
-from numformer.tensor import apply
+from numformer.ops.arguments import as_integer, as_number, need_sizes
+from numformer.ops.attention import as_window, packed_attention
+from numformer.tensor import apply, is_float
 
 __all__ = ["MultiHeadAttention", "rotary_tables", "split_heads"]
 
@@ -108,17 +108,22 @@ class MultiHeadAttention(Module):
             raise ValueError("MultiHeadAttention: n_head must be a multiple of n_kv_head, "
                              f"got {n_head} and {n_kv_head}")
         self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, head_dim or n_embd // n_head
-        left, right = (as_integer(side, "MultiHeadAttention", "each side of window_size") for side in window_size)
+        left, right = as_window(window_size, "MultiHeadAttention")
         if left < -1 or right < -1 or (causal and right > 0):
             raise ValueError("MultiHeadAttention: window_size must be (left, right), each -1 or more, and nothing "
                              f"ahead where causal, got {window_size} and causal={causal}")
+        if not 0 <= as_number(dropout, "MultiHeadAttention", "dropout") < 1:
+            raise ValueError(f"MultiHeadAttention: dropout must be in [0, 1), got {dropout}")
         self.causal, self.window_size = causal, (left, right)
         self.slopes = None
         if alibi is not False:
-            self.slopes = (nf.alibi_slopes(n_head) if alibi is True else np.asarray(alibi)).astype(dtype)
-            if self.slopes.shape != (n_head,):
+            slopes = nf.alibi_slopes(n_head) if alibi is True else np.asarray(alibi)
+            if slopes.dtype.kind not in "iu" and not is_float(slopes.dtype):
+                raise TypeError(f"MultiHeadAttention: alibi must be a bool or {n_head} slopes, got {alibi!r}")
+            if slopes.shape != (n_head,):
                 raise ValueError(f"MultiHeadAttention: alibi must be a bool or {n_head} slopes, "
-                                 f"got shape {self.slopes.shape}")
+                                 f"got shape {slopes.shape}")
+            self.slopes = slopes.astype(dtype)
         self.dropout, self.rng = dropout, rng
         rows = (n_head + 2 * n_kv_head) * self.head_dim
         # query, key and value are matrices of their own: each has its own fan-out
@@ -156,7 +161,7 @@ class MultiHeadAttention(Module):
         if cache is not None and not self.causal:
             raise ValueError("MultiHeadAttention: without causality a later key changes what an earlier query says, so "
                              "there is no cache for it: make the layer with causal=True")
-        qkv = project(x, self.qkv, self.qkv_bias)
+        qkv = self._project(x)
         dropout = self.training and self.dropout > 0
         rules = {"is_causal": self.causal, "window_size": self.window_size, "alibi_slopes": self.slopes}
         if cache is None and not dropout:
@@ -172,6 +177,13 @@ class MultiHeadAttention(Module):
         if self.head_gate is not None:
             y = y.reshape(batch, length, self.n_head, self.head_dim) * self.head_gate.reshape(-1, 1, self.n_head, 1)
         return y.reshape(batch, length, self.n_head * self.head_dim)
+
+    def _project(self, x):
+        """Query, key and value, side by side."""
+        if len(getattr(x, "shape", ())) != 3:
+            raise ValueError("MultiHeadAttention: x must be an array or Tensor of shape (B, S, n_embd), got "
+                             f"{getattr(x, 'shape', type(x).__name__)}")
+        return project(x, self.qkv, self.qkv_bias)
 
     def _turned(self, qkv, rotary):
         """Query, key and value of each head, at their positions; an array `qkv` is turned in place."""
@@ -201,6 +213,6 @@ class MultiHeadAttention(Module):
         ndarray, (B, heads, rows, S)
             Without dropout, of which there is none to look at, and without `head_gate`.
         """
-        q, k, _ = self._turned(project(x, self.qkv, self.qkv_bias), rotary)
+        q, k, _ = self._turned(self._project(x), rotary)
         return attention_maps(q, k, is_causal=self.causal, window_size=self.window_size, alibi_slopes=self.slopes,
                               heads=heads, rows=rows)

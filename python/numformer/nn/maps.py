@@ -6,8 +6,9 @@ Memory O(B heads rows S).
 """
 import numpy as np
 
-from numformer.ops.arguments import as_arrays
-from numformer.tensor import Tensor
+from numformer.ops.arguments import as_arrays, as_floats, as_number, same_dtype
+from numformer.ops.attention import as_window
+from numformer.tensor import Tensor, is_float
 
 __all__ = ["attention_maps"]
 
@@ -45,12 +46,22 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
 
     Raises
     ------
+    TypeError
+        If query or key is of another dtype, or their dtypes differ, or something is no number.
     ValueError
-        If shapes do not fit together, or there is no such head or row.
+        If shapes do not fit together, or there is no such head or row, or a number is out of its range.
     """
-    arrays = {"query": query, "key": key, "attn_mask": attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
-    query, key, attn_mask, alibi_slopes, sinks = as_arrays(
-        "attention_maps", **{name: x.data if type(x) is Tensor else x for name, x in arrays.items()})
+    op = "attention_maps"
+    query, key, attn_mask, alibi_slopes, sinks = (
+        x.data if type(x) is Tensor else x for x in (query, key, attn_mask, alibi_slopes, sinks))
+    query, key = as_floats(query, op, "query"), as_floats(key, op, "key")
+    attn_mask, alibi_slopes, sinks = as_arrays(op, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
+    boolean = attn_mask is not None and attn_mask.dtype == bool
+    same_dtype(op, query=query, key=key)
+    added = {"attn_mask": None if boolean else attn_mask, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    for name, x in added.items():
+        if x is not None and not is_float(x.dtype):
+            raise TypeError(f"{op}: {name} must be {'boolean or ' * (x is attn_mask)}of floats, got {x.dtype}")
     if query.ndim != 4 or key.ndim != 4 or query.shape[::3] != key.shape[::3] or query.shape[1] % key.shape[1]:
         raise ValueError("attention_maps: query must have shape (B, H, Sq, D) and key (B, Hkv, Sk, D), H a multiple of "
                          f"Hkv, got {query.shape} and {key.shape}")
@@ -58,32 +69,55 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
         raise ValueError(f'attention_maps: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
     batch, all_heads, queries, dim = query.shape
     keys = key.shape[2]
+    scale = dim ** -0.5 if scale is None else as_number(scale, op, "scale")
+    softcap = 0.0 if softcap is None else as_number(softcap, op, "softcap")
+    if not 0 <= softcap < np.inf:
+        raise ValueError(f"{op}: softcap must be finite and not negative, got {softcap}")
+    left, right = as_window(window_size, op)
+    if left < -1 or right < -1:
+        raise ValueError(f"{op}: window_size must be two numbers of keys, -1 for no bound, got {window_size}")
+    if sinks is not None and sinks.shape != (all_heads,):
+        raise ValueError(f"{op}: sinks must have shape {(all_heads,)}, got {sinks.shape}")
+    if alibi_slopes is not None and alibi_slopes.shape not in ((all_heads,), (batch, all_heads)):
+        raise ValueError(f"{op}: alibi_slopes must have shape {(all_heads,)} or {(batch, all_heads)}, got "
+                         f"{alibi_slopes.shape}")
+    if attn_mask is not None:
+        attn_mask = _broadcast(attn_mask, (batch, all_heads, queries, keys))
     heads, rows = _chosen(heads, all_heads, "heads"), _chosen(rows, queries, "rows")
     groups = all_heads // key.shape[1]
     dtype = query.dtype.type
     # what is masked may hold anything, and the product says nothing of it
     with np.errstate(invalid="ignore", over="ignore"):
         score = np.stack([query[:, h, rows] @ key[:, h // groups].swapaxes(1, 2) for h in heads], axis=1)
-        score *= dtype(dim ** -0.5 if scale is None else scale)
+        score *= dtype(scale)
         if softcap:
             score = dtype(softcap) * np.tanh(score / dtype(softcap))
     ends = _ends(kv_lengths, batch, keys)
     shift = ends - queries if causal_align == "bottom_right" else np.zeros(batch, int)
     position = (rows + shift[:, None])[:, None, :, None]            # (B, 1, rows, 1)
     j = np.arange(keys)
-    left, right = window_size
-    seen = _seen(position, j, ends, left, 0 if is_causal else right)
+    farthest = queries + keys       # the sides are Python's integers, of any size
+    seen = _seen(position, j, ends, min(left, farthest), 0 if is_causal else min(right, farthest))
     if alibi_slopes is not None:
         slope = np.broadcast_to(alibi_slopes, (batch, all_heads))[:, heads, None, None].astype(dtype)
         score -= slope * (position - j).astype(dtype)
     if attn_mask is not None:
-        mask = np.broadcast_to(attn_mask, (batch, all_heads, queries, keys))[:, heads][:, :, rows]
-        seen = seen & (mask if mask.dtype == bool else mask != -np.inf)
-        if mask.dtype != bool:
+        mask = attn_mask[:, heads][:, :, rows]
+        seen = seen & (mask if boolean else mask != -np.inf)
+        if not boolean:
             with np.errstate(invalid="ignore", over="ignore"):
-                score = score + mask
+                score = score + mask.astype(dtype)
     sink = None if sinks is None else sinks[heads][:, None, None].astype(dtype)
     return _softmax(np.where(seen, score, dtype(-np.inf)), sink)
+
+
+def _broadcast(mask, shape):
+    """`mask` for every weight; a view."""
+    try:
+        return np.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(f"attention_maps: attn_mask must broadcast to (B, H, Sq, Sk) = {shape}, got "
+                         f"{mask.shape}") from None
 
 
 def _ends(kv_lengths, batch, keys):
