@@ -34,6 +34,8 @@ def inputs(name, sq, sk, seed):
     offset = np.float32(100 * rng.uniform(0.5, 1))
     if "scores" in name:            # up to several hundred, all alike but for a few
         q, k = q + offset / 10, k + offset / 10
+    if "keys" in name:
+        k = k + offset / 10
     if "values" in name:
         v = v + offset
     if "gradient" in name:
@@ -73,11 +75,13 @@ LIMITS = {
     "large offset of the gradient": (1, 1, 1.2, 1.3),
     "large offset of values": (1, 2.5, 1.6, 1),
     "large offset of values and the gradient": (1, 1.7, 1.1, 1.3),
+    "large offset of keys and values": (1, 4, 1.6, 1.3),
     "large offset of scores": (1.2, 1.2, 1.8, 1.4),
     "large offset of scores, values and the gradient": (1.1, 2, 30, 1.4),   # dk of 1 beside sums of 10^5
     "one dominating key": (1.01, 1.01, 1.01, 1),
     "one dominating key, large offset of values and the gradient": (1.01, 1.01, 1.01, 1.3),
     "one leading key": (1.7, 3, 5, 1.2),
+    "one leading key, large offset of values": (1.2, 5.5, 6, 1.3),
 }
 
 
