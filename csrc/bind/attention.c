@@ -85,8 +85,8 @@ attention_forward(PyObject *self, PyObject *const *args, Py_ssize_t count)
     p->lse = c.lse ? PyArray_DATA(c.lse) : NULL;
     p->stats = c.stats ? PyArray_DATA(c.stats) : NULL;
     nf_status status = NF_OK;
-    if (want > 0
-        || PyArray_SIZE(c.out) > 0) { /* else any number of rows asks for nothing */
+    /* Without an element of out there is nothing to do, for any number of rows. */
+    if (want > 0 || PyArray_SIZE(c.out) > 0) {
         Py_BEGIN_ALLOW_THREADS;
         status = nf_attention_forward(c.kernels, p);
         Py_END_ALLOW_THREADS;

@@ -44,9 +44,9 @@ read_order(PyObject *order, nf_moe_routing *routing, const char *op)
     return 0;
 }
 
-/* x[source], or the sum over the slots where `weight` (an array or None) is there to take. */
 typedef enum { DISPATCH, COMBINE } direction;
 
+/* The rows x[source]; or the sum of each token's rows, times `weights` unless that is None. */
 static PyObject *
 move(direction way, PyObject *object, PyObject *weights, PyObject *order, const char *op,
      const char *name)
@@ -225,7 +225,7 @@ static PyMethodDef methods[] = {
     METHOD(moe_dispatch, "(x, order) -> x[source]"),
     METHOD(moe_dispatch_backward, "(dy, order) -> dx"),
     METHOD(moe_combine, "(y, weight, order) -> (T, d)"),
-    METHOD(moe_combine_backward, "(dy, y, weight, order) -> (dy, dweight)"),
+    METHOD(moe_combine_backward, "(dy, y, weight, order) -> (drows, dweight)"),
     METHOD(moe_swiglu_backward,
            "(hidden, dacted, weight, order) -> (acted, dhidden, dweight)"),
     {NULL, NULL, 0, NULL},

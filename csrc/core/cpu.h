@@ -1,4 +1,5 @@
-/* Which instruction sets this processor and operating system have, and how it rounds. */
+/* Which instruction sets this processor and operating system have, and what it does with prefetches
+   and denormal numbers. */
 #ifndef NF_CPU_H
 #define NF_CPU_H
 

@@ -7,6 +7,7 @@
    and, per element type (see instantiate.h),
        T, I        element type and the signed integer of its width
        vT, vI, vU  vectors of NF_LANES of them, and of unsigned integers
+       NF_LANES    how many those are
        NF_TYPE     suffix of the element type: f32 or f64
        NF_SINGLE   1 for f32, 0 for f64
        NF_IOTA     the vI of lane numbers
@@ -63,10 +64,11 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_any_less_f32(a, b)                         whether a lane of a is less than that of b
        nf_any_negative(sign)                         whether the sign bit of a lane is set
        nf_where_negative(sign, a, b)                 a in lanes whose sign bit is set, else b
-       nf_pack_f32(p, places, sign, a, first)        stores the lanes of a whose sign bit is set
-                                                     in `sign` side by side, and at `places`
-                                                     their numbers plus `first`; how many they
-                                                     are. Of both a whole vector is written
+       nf_pack_f32(p, places, sign, a, first)        of vectors of 16 and 32: stores the lanes of a
+                                                     whose sign bit is set in `sign` side by side,
+                                                     and at `places` their numbers plus `first`;
+                                                     how many they are. Of both a whole vector is
+                                                     written
        nf_less_f32(a, b)                             of vectors of 64: bit i is set where lane i of
                                                      a is less than that of b
        nf_compress_f32(p, lanes, a)                  of vectors of 64: stores the lanes of a whose
@@ -89,13 +91,14 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_byte_of(words, e)                          signed byte e of each lane times 2^24 as
                                                      floats: exact
        nf_store_low_bytes(p, v)                      the lowest byte of every 32-bit lane
+       nf_dot_u8s8(sum, a, b)                        where NF_HAS_DOT is 1: sum plus four
+                                                     products of bytes of any value, a unsigned,
+                                                     b signed; where it is 0, the next three
        nf_pairs_u8s8(a, b)                           sums of two products of bytes, as 16 bits;
                                                      a unsigned, b signed; they must fit
        nf_sum_pairs(p)                               sums of two 16-bit numbers
        nf_dot_s16(sum, a, b)                         sum plus two products of 16-bit numbers,
                                                      each of which must fit 16 bits
-       nf_dot_u8s8(sum, a, b)                        where NF_HAS_DOT is 1: sum plus four
-                                                     products of bytes of any value
    and the sizes of the register tile of a matrix product, rows by vectors, and how many steps
    of it come at once:
        NF_TILE_ROWS, NF_TILE_VECTORS, NF_TILE_STEPS

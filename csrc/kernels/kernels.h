@@ -8,8 +8,8 @@
                                       in the table; its template stands under #if NF_SINGLE
    where type is the type of a function, or `const` and the struct that describes a kernel.
 
-   A kernel returns nothing, allocates nothing and cannot fail: a plan in ops/ gives it memory
-   and asserts what it needs. */
+   A kernel allocates nothing and cannot fail: a plan in ops/ gives it memory, and bind/ has
+   checked what it is given. */
 #ifndef NF_KERNELS_H
 #define NF_KERNELS_H
 #include <stddef.h>
@@ -210,10 +210,10 @@ typedef struct {
     const int64_t *k_starts;
     const int64_t *block_table; /* (B, table_width): the blocks of each sequence; or NULL */
     ptrdiff_t table_width, block_size;
-    const ptrdiff_t
-        *q_blocks; /* (B + 1): tasks of a head before each sequence, by queries; or NULL */
-    const ptrdiff_t *k_blocks; /* by keys; NULL where each has those of the longest */
-    int top_left;              /* offset 0 */
+    /* (B + 1): tasks of a head before each sequence, by queries and by keys; NULL where each has
+       those of the longest */
+    const ptrdiff_t *q_blocks, *k_blocks;
+    int top_left; /* offset 0 */
     ptrdiff_t left, right;
     double scale, softcap; /* softcap 0: none */
     nf_heads q, k, v, out;

@@ -1,5 +1,5 @@
-/* The plans of the row ops: rows are cut into blocks, blocks run on threads. `type` is the
-   itemsize of the elements: 4 for float32, 8 for float64. */
+/* The plans of the row ops: rows are cut into blocks, blocks run on threads. `itemsize` is 4 for
+   float32, 8 for float64. */
 #ifndef NF_OPS_ROWWISE_H
 #define NF_OPS_ROWWISE_H
 #include "core/status.h"
