@@ -1,4 +1,5 @@
-"""Sizes that no memory holds, and integers out of range: an error that says so, and never a crash or a wrapped product.
+"""Sizes that no memory holds, integers out of range and options that are none: an error that says so, and never a
+crash or a wrapped product.
 
 Arrays of any size are broadcast from one number, so they take no memory.
 """
@@ -88,6 +89,22 @@ OUT_OF_RANGE = {
     "top_groups": lambda i: moe.route(floats(2, 4), 2, num_groups=2, top_groups=i),
 }
 
+# What takes the name of a form or a way, by the op and the option that an error names.
+CHOICES = {
+    ("gelu", "approximate"): lambda o: nf.gelu(floats(2, 3), o),
+    ("bias_gelu", "approximate"): lambda o: nf.bias_gelu(floats(2, 3), floats(3), o),
+    ("geglu", "approximate"): lambda o: nf.geglu(floats(2, 3), floats(2, 3), o),
+    ("linear", "activation"): lambda o: nf.linear(floats(2, 3), floats(4, 3), activation=o),
+    ("quant.linear", "activation"): lambda o: quant.linear(floats(2, 64), WEIGHT, activation=o),
+    ("quant.linear", "compute"): lambda o: quant.linear(floats(2, 64), WEIGHT, compute=o),
+    ("cross_entropy", "reduction"): lambda o: nf.cross_entropy(floats(2, 3), ids(2), reduction=o),
+    ("linear_cross_entropy", "reduction"): lambda o: nf.linear_cross_entropy(floats(2, 3), floats(4, 3), ids(2),
+                                                                             reduction=o),
+    ("load_balancing_loss", "form"): lambda o: moe.load_balancing_loss(ROUTING, form=o),
+    ("scaled_dot_product_attention", "causal_align"): lambda o: nf.scaled_dot_product_attention(
+        *[floats(1, 1, 2, 4)] * 3, is_causal=True, causal_align=o),
+}
+
 
 @pytest.mark.parametrize("name", HUGE)
 def test_a_size_beyond_memory_is_refused(name):
@@ -108,3 +125,12 @@ def test_an_integer_out_of_range_is_refused(name, integer):
     with pytest.raises((ValueError, TypeError, OverflowError)) as raised:
         OUT_OF_RANGE[name](integer)
     assert str(raised.value)
+
+
+@pytest.mark.parametrize("option", ["no such name", ["mean"], {}, 3])
+@pytest.mark.parametrize("choice", CHOICES, ids=" ".join)
+def test_an_option_that_is_no_name_is_refused_by_name(choice, option):
+    op, name = choice
+    with pytest.raises(ValueError, match=rf"{op}: {name} must be .*\bor \S+, got ") as raised:
+        CHOICES[choice](option)
+    assert str(raised.value).endswith(f"got {option!r}")

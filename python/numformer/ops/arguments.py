@@ -75,6 +75,15 @@ def need_generator(rng, op, option=None):
     return bits
 
 
+def choose(table, option, op, name):
+    """What `table` has under `option`, the value of `op`'s option `name`. ValueError for anything that it lacks."""
+    try:
+        return table[option]
+    except (KeyError, TypeError):       # a list has no hash
+        names = ["None" if key is None else f'"{key}"' for key in table]
+        raise ValueError(f"{op}: {name} must be {', '.join(names[:-1])} or {names[-1]}, got {option!r}") from None
+
+
 def same_dtype(op, **arrays):
     """TypeError unless all the arrays (None is skipped) have one dtype."""
     dtypes = {name: x.dtype for name, x in arrays.items() if x is not None}

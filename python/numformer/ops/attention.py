@@ -6,7 +6,7 @@ arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), and the backward pass buil
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_arrays, as_integer, as_number
+from numformer.ops.arguments import as_array, as_arrays, as_integer, as_number, choose
 from numformer.tensor import Tensor, apply, draw_key, is_float
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
@@ -21,10 +21,7 @@ _CAUSAL, _PACKED, _WANT_MASK, _WANT_SLOPES, _WANT_SINKS = 1, 1, 2, 4, 8     # as
 
 def _causal(is_causal, causal_align, op=_OP):
     """Which keys a query sees, in the binding's terms."""
-    align = _ALIGN.get(causal_align) if type(causal_align) is str else None
-    if align is None:
-        raise ValueError(f'{op}: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
-    return align | (_CAUSAL if is_causal else 0)
+    return choose(_ALIGN, causal_align, op, "causal_align") | (_CAUSAL if is_causal else 0)
 
 
 def as_window(window_size, op):

@@ -2,7 +2,7 @@
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_integer, as_number
+from numformer.ops.arguments import as_array, as_integer, as_number, choose
 from numformer.tensor import apply
 
 __all__ = ["cross_entropy", "cross_entropy_backward", "cross_entropy_forward", "softmax_entropy",
@@ -26,11 +26,10 @@ def cross_entropy_forward(logits, targets, ignore_index=-100, label_smoothing=0.
         logits = as_array(logits, "cross_entropy", "logits")
     if type(targets) is not ndarray:
         targets = as_array(targets, "cross_entropy", "targets")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f'cross_entropy: reduction must be "mean", "sum" or "none", got {reduction!r}')
+    number = choose(_REDUCTIONS, reduction, "cross_entropy", "reduction")
     ignore_index, label_smoothing, z_loss = loss_options("cross_entropy", ignore_index, label_smoothing, z_loss)
     loss, lse, targets, count = _core.cross_entropy(logits, targets, ignore_index, label_smoothing, z_loss, 1.0, 1.0,
-                                                    _REDUCTIONS[reduction])
+                                                    number)
     share = 1 / max(count, 1) if reduction == "mean" else 1.0
     return loss, (logits, targets, lse, ignore_index, label_smoothing, z_loss, share, reduction != "none")
 

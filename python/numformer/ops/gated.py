@@ -1,7 +1,6 @@
 """SiLU and the gated units: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats, check_apart, check_out
-from numformer.ops.gelu import unknown_form
+from numformer.ops.arguments import as_floats, check_apart, check_out, choose
 from numformer.tensor import Tensor, apply
 
 __all__ = ["geglu", "geglu_backward", "geglu_forward", "silu", "silu_backward", "silu_forward", "swiglu",
@@ -116,9 +115,7 @@ def swiglu_halves(h):
 def geglu_forward(gate, up, approximate="none"):
     """Return ``(y, saved)``; `saved` is what :func:`geglu_backward` needs."""
     gate, up = as_floats(gate, "geglu", "gate"), as_floats(up, "geglu", "up")
-    if approximate not in _FORMS:
-        raise unknown_form("geglu", approximate)
-    form = _FORMS[approximate]
+    form = choose(_FORMS, approximate, "geglu", "approximate")
     return _gated("geglu", form, gate, up), (form, gate, up)
 
 

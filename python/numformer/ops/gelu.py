@@ -1,6 +1,6 @@
 """GeLU, the Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats, check_apart, check_out
+from numformer.ops.arguments import as_floats, check_apart, check_out, choose
 from numformer.tensor import Tensor, apply
 
 __all__ = ["bias_gelu", "bias_gelu_backward", "bias_gelu_forward", "gelu", "gelu_backward", "gelu_forward"]
@@ -10,18 +10,12 @@ _BACKWARD = {"none": _core.gelu_erf_backward, "tanh": _core.gelu_tanh_backward, 
 _BIAS_FORMS = {"none": 0, "tanh": 1, "quick": 2}    # of _core.bias_gelu
 
 
-def unknown_form(op, approximate):
-    """The error to raise where `approximate` is not the name of a form."""
-    return ValueError(f'{op}: approximate must be "none", "tanh" or "quick", got {approximate!r}')
-
-
 def gelu_forward(x, approximate="none", *, out=None):
     """Return ``(y, saved)``; `saved` is what :func:`gelu_backward` needs."""
     x = as_floats(x, "gelu", "x")
-    if approximate not in _FORWARD:
-        raise unknown_form("gelu", approximate)
+    kernel = choose(_FORWARD, approximate, "gelu", "approximate")
     check_out(out, x, "gelu")
-    return _core.pooled(_FORWARD[approximate], x, out=out), (x, approximate)
+    return _core.pooled(kernel, x, out=out), (x, approximate)
 
 
 def gelu_backward(dy, saved):
@@ -64,9 +58,7 @@ def gelu(x, approximate="none", *, out=None):
 def bias_gelu_forward(x, bias, approximate="none"):
     """Return ``(y, saved)``; `saved` is what :func:`bias_gelu_backward` needs."""
     x, bias = as_floats(x, "bias_gelu", "x"), as_floats(bias, "bias_gelu", "bias")
-    if approximate not in _BIAS_FORMS:
-        raise unknown_form("bias_gelu", approximate)
-    form = _BIAS_FORMS[approximate]
+    form = choose(_BIAS_FORMS, approximate, "bias_gelu", "approximate")
     return _core.bias_gelu(form, x, bias), (form, x, bias)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import as_arrays, as_floats, as_rows
+from numformer.ops.arguments import as_arrays, as_floats, as_rows, choose
 from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
@@ -20,10 +20,7 @@ _PLAIN = (np.ndarray, type(None))       # what goes to the kernel as it is
 
 
 def _number(activation):
-    if activation not in _ACTIVATIONS:
-        names = ", ".join(f'"{name}"' for name in _ACTIVATIONS if name)
-        raise ValueError(f"linear: activation must be None, {names}, got {activation!r}")
-    return _ACTIVATIONS[activation][0]
+    return choose(_ACTIVATIONS, activation, "linear", "activation")[0]
 
 
 def _wanted(tensors):

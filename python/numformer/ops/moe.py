@@ -9,7 +9,7 @@ A token t has top_k slots. The slots that are not dropped, sorted by expert and 
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_floats, as_integer, as_number, same_dtype
+from numformer.ops.arguments import as_array, as_floats, as_integer, as_number, choose, same_dtype
 from numformer.tensor import Tensor, apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
@@ -389,13 +389,11 @@ def load_balancing_loss_forward(routing, probabilities=None, *, form="switch"):
     _check_routing(routing, "load_balancing_loss")
     probabilities = _values(routing.probabilities) if probabilities is None else probabilities
     experts, top_k, tokens = probabilities.shape[1], routing.row.shape[1], routing.tokens
-    divide = {"switch": tokens * top_k, "mixtral": tokens}
-    if form not in divide:
-        raise ValueError(f'load_balancing_loss: form must be "switch" or "mixtral", got {form!r}')
+    divide = choose({"switch": tokens * top_k, "mixtral": tokens}, form, "load_balancing_loss", "form")
     if tokens == 0:
         return np.zeros((), probabilities.dtype), (probabilities, np.zeros(experts, probabilities.dtype), None)
     # E f_i / T: the loss is the sum over tokens of coefficient . probabilities.
-    coefficient = (routing.chosen * (experts / (divide[form] * tokens))).astype(probabilities.dtype)
+    coefficient = (routing.chosen * (experts / (divide * tokens))).astype(probabilities.dtype)
     sums = None
     if routing.score == "sigmoid":
         sums = probabilities.sum(1, keepdims=True)

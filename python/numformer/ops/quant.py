@@ -2,7 +2,7 @@
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_rows
+from numformer.ops.arguments import as_array, as_rows, choose
 from numformer.ops.arithmetic import concatenate
 from numformer.ops.gated import silu_backward, silu_forward, swiglu
 from numformer.ops.gelu import gelu_backward, gelu_forward
@@ -21,24 +21,19 @@ _ACTIVATIONS = {None: (0, None, None),
 _COMPUTE = {"int8": True, "float32": False}
 
 
-def _check_options(qweight, compute, activation):
+def _check_weight(qweight, op):
     if not hasattr(qweight, "packed"):
-        raise TypeError(f"quant.linear: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
+        raise TypeError(f"{op}: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
                         f"make one with quant.quantize(weight, spec)")
-    if compute not in _COMPUTE:
-        raise ValueError(f'quant.linear: compute must be "int8" or "float32", got {compute!r}')
-    if activation not in _ACTIVATIONS:
-        names = ", ".join(map(repr, filter(None, _ACTIVATIONS)))
-        raise ValueError(f"quant.linear: activation must be None, {names}, got {activation!r}")
 
 
 def linear_forward(x, qweight, bias=None, *, compute="int8", activation=None, out=None, keep=True):
     """Return ``(y, saved)``; `saved` is what :func:`linear_backward` needs, where `keep`."""
-    _check_options(qweight, compute, activation)
+    _check_weight(qweight, "quant.linear")
+    integers = choose(_COMPUTE, compute, "quant.linear", "compute")
+    number, forward, _ = choose(_ACTIVATIONS, activation, "quant.linear", "activation")
     x = as_array(x, "quant.linear", "x")
     bias = None if bias is None else as_array(bias, "quant.linear", "bias")
-    number, forward, _ = _ACTIVATIONS[activation]
-    integers = _COMPUTE[compute]
     if not keep or forward is None:
         return _core.quant_linear(x, qweight.packed(), bias, integers, number, out), (qweight, bias, activation, None)
     pre = _core.quant_linear(x, qweight.packed(), bias, integers, 0, out)
@@ -121,9 +116,7 @@ def embedding(ids, qweight):
     ValueError
         If an id is not within 0 .. V-1 (the first is named).
     """
-    if not hasattr(qweight, "packed"):
-        raise TypeError(f"quant.embedding: qweight must be a QuantizedWeight, got {type(qweight).__name__}; "
-                        f"make one with quant.quantize(weight, spec)")
+    _check_weight(qweight, "quant.embedding")
     ids = as_array(ids, "quant.embedding", "ids")
     if ids.dtype.kind not in "iu":
         raise TypeError(f"quant.embedding: ids must be an array of integers, got {ids.dtype}")
