@@ -136,5 +136,5 @@ def test_the_lower_the_temperature_the_greedier(temperature, dtype):
 
 @pytest.mark.parametrize("ids", [[1.5, 2.5], np.ones((2, 3)), [["1"]], 5, None, "abc", [[1], 2]])
 def test_ids_that_are_no_integers_are_refused(ids):
-    with pytest.raises(TypeError, match="generate: ids must be token ids, or prompts of them, all integers, got"):
+    with pytest.raises(TypeError, match="generate: ids must be lists of integers, the ids of tokens, got"):
         gpt().generate(ids, 3, temperature=0)

@@ -11,7 +11,6 @@ residual projections 0.02 / sqrt(2 n_layer), and no factor on the embedding.
 import dataclasses
 import functools
 import math
-import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +20,7 @@ from numformer.models.pretrained import Pretrained
 from numformer.models.sampling import check_options, sample
 from numformer.nn import MLP, Dropout, Embedding, KVCache, LayerNorm, Module, MultiHeadAttention, RMSNorm, rotary_tables
 from numformer.nn.layers import project
-from numformer.ops.arguments import as_integer, as_number, need_generator
+from numformer.ops.arguments import as_ids, as_integer, as_number, need_generator
 from numformer.quant.weight import QuantizedWeight
 from numformer.tensor import Tensor, is_recording, unrecorded
 
@@ -342,12 +341,9 @@ class GPT(Module, Pretrained):
         if as_integer(max_new_tokens, "generate", "max_new_tokens") < 0:
             raise ValueError(f"generate: max_new_tokens must be 0 or more, got {max_new_tokens}")
         ids = ids.data if type(ids) is Tensor else ids
-        try:
-            single = len(ids) > 0 and np.ndim(ids[0]) == 0
-            rows = [[operator.index(i) for i in row] for row in ([ids] if single else ids)]
-        except TypeError as error:
-            raise TypeError("generate: ids must be token ids, or prompts of them, all integers, got "
-                            f"{type(ids).__name__}: {error}") from None
+        ids = list(ids) if np.iterable(ids) else ids
+        single = not np.iterable(ids) or not all(map(np.iterable, ids))
+        rows = [as_ids(row, "generate", "ids") for row in ([ids] if single else ids)]
         if not rows:
             return []
         if min(map(len, rows)) == 0:
