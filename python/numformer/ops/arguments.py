@@ -50,6 +50,17 @@ def as_ids(row, op, name):
         raise TypeError(f"{op}: {name} must be lists of integers, the ids of tokens, got {reprlib.repr(row)}") from None
 
 
+def check_ids(ids, count, op, name, ignored=None):
+    """TypeError or ValueError, for the first, unless all of an array are integers within 0 .. count - 1, or `ignored`."""
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"{op}: {name} must be an array of integers, got {ids.dtype}")
+    outside = (ids < 0) | (ids >= count)
+    outside = np.flatnonzero(outside if ignored is None else outside & (ids != ignored))
+    if outside.size:
+        raise ValueError(f"{op}: {name} must be within 0 .. {count - 1}, got {ids.flat[outside[0]]} at position "
+                         f"{outside[0]} (counted through the flattened array)")
+
+
 def need_sizes(layer, **sizes):
     """TypeError or ValueError, by name, unless all are integers of 1 or more."""
     for name, size in sizes.items():

@@ -3,7 +3,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import as_array, as_floats, same_dtype
+from numformer.ops.arguments import as_array, as_floats, check_ids, same_dtype
 from numformer.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward, loss_options
 from numformer.tensor import Tensor, apply, is_recording
 
@@ -38,15 +38,6 @@ def _kept(targets, ignore_index):
     return None if len(kept) == len(targets) else kept
 
 
-def _check_targets(targets, classes, ignore_index):
-    if targets.dtype.kind not in "iu":
-        raise TypeError(f"{_OP}: targets must be an array of integers, got {targets.dtype}")
-    outside = np.flatnonzero(((targets < 0) | (targets >= classes)) & (targets != ignore_index))
-    if outside.size:
-        raise ValueError(f"{_OP}: targets must be within 0 .. {classes - 1}, got {targets[outside[0]]} at position "
-                         f"{outside[0]} (counted through the flattened array)")
-
-
 def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
                                  reduction="mean", gradient=False):
     """Return ``(loss, saved)``; `saved` is what :func:`linear_cross_entropy_backward` needs.
@@ -66,7 +57,7 @@ def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, lab
         raise ValueError(f'{_OP}: reduction must be "mean", "sum" or "none", got {reduction!r}')
     ignore_index, label_smoothing, z_loss = loss_options(_OP, ignore_index, label_smoothing, z_loss)
     flat = targets.reshape(-1)
-    _check_targets(flat, len(weight), ignore_index)
+    check_ids(flat, len(weight), _OP, "targets", ignore_index)
     kept = _kept(flat, ignore_index)
     rows, flat = hidden.reshape(len(flat), hidden.shape[-1]), flat if kept is None else flat[kept]
     rows = rows if kept is None else rows[kept]

@@ -2,7 +2,7 @@
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_rows, choose
+from numformer.ops.arguments import as_array, as_rows, check_ids, choose
 from numformer.ops.arithmetic import concatenate
 from numformer.ops.gated import silu_backward, silu_forward, swiglu
 from numformer.ops.gelu import gelu_backward, gelu_forward
@@ -118,13 +118,8 @@ def embedding(ids, qweight):
     """
     _check_weight(qweight, "quant.embedding")
     ids = as_array(ids, "quant.embedding", "ids")
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"quant.embedding: ids must be an array of integers, got {ids.dtype}")
     count, size = qweight.shape
-    outside = np.flatnonzero((ids < 0) | (ids >= count))
-    if outside.size:
-        raise ValueError(f"quant.embedding: ids must be within 0 .. {count - 1}, got {ids.flat[outside[0]]} at "
-                         f"position {outside[0]} (counted through the flattened array)")
+    check_ids(ids, count, "quant.embedding", "ids")
     return qweight.rows(ids.reshape(-1)).dequantize().reshape(*ids.shape, size)
 
 
