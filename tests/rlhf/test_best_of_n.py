@@ -34,10 +34,26 @@ def test_the_kl_of_best_of_n():
 
 
 def test_bad_input_is_named():
-    for options, message in (({"n": 0}, "n and batch must be 1 or more, got 0 and 64"),
+    for options, message in (({"n": 0}, "n must be 1 or more, got 0"),
                              ({"reward_fn": lambda p, c: [1.0]}, r"must give 4 scores, got an array of shape \(1,\)"),
                              ({"reward_fn": lambda p, c: [0, np.inf, 0, 0]}, "score 1 that reward_fn gave is inf")):
         call = {"n": 2, "reward_fn": liked} | options
         with pytest.raises(ValueError, match=f"best_of_n: .*{message}"):
             rlhf.best_of_n(gpt(), prompts(2), call["n"], call["reward_fn"], rng=np.random.default_rng(0),
                            max_new_tokens=2)
+
+
+@pytest.mark.parametrize("rows", [[[1.5, 2]], ["12"], [["1"]], [3]])
+def test_prompts_that_are_no_token_ids_are_refused(rows):
+    with pytest.raises(TypeError, match="best_of_n: prompts must be lists of integers, the ids of tokens, got"):
+        rlhf.best_of_n(gpt(), rows, 2, liked, rng=None, max_new_tokens=4, temperature=0)
+
+
+def test_a_number_of_samples_or_examples_that_is_none_is_named():
+    for n in (2.0, "2"):
+        with pytest.raises(TypeError, match="best_of_n: n must be an integer, got"):
+            rlhf.best_of_n(gpt(), prompts(2), n, liked, rng=None, max_new_tokens=4, temperature=0)
+    with pytest.raises(ValueError, match="best_of_n_kl: n must be 1 or more, got 0"):
+        rlhf.best_of_n_kl(0)
+    with pytest.raises(TypeError, match="CompletionBatches: batch must be an integer, got '4'"):
+        rlhf.CompletionBatches([([1], [2])], "4")

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from numformer.ops.arguments import as_ids
+from numformer.ops.arguments import as_ids, need_sizes
 from numformer.rlhf.sequences import pad
 
 __all__ = ["CompletionBatches", "PairBatches"]
@@ -22,8 +22,7 @@ class _Examples:
 
     def __init__(self, pairs, batch, *, seed=0, stretch=8):
         name = type(self).__name__
-        if batch < 1 or stretch < 1:
-            raise ValueError(f"{name}: batch and stretch must be 1 or more, got {batch} and {stretch}")
+        need_sizes(name, batch=batch, stretch=stretch)
         if not pairs:
             raise ValueError(f"{name}: there are no examples")
         for i, parts in enumerate(pairs):

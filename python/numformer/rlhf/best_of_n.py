@@ -3,6 +3,8 @@ import math
 
 import numpy as np
 
+from numformer.ops.arguments import as_ids, need_sizes
+
 __all__ = ["best_of_n", "best_of_n_kl"]
 
 
@@ -32,12 +34,13 @@ def best_of_n(model, prompts, n, reward_fn, *, rng, max_new_tokens, batch=64, **
 
     Raises
     ------
+    TypeError
+        If n or batch is no integer, or prompts are no lists of integers.
     ValueError
         If n or batch is below 1, or reward_fn does not give a finite score for each.
     """
-    if n < 1 or batch < 1:
-        raise ValueError(f"best_of_n: n and batch must be 1 or more, got {n} and {batch}")
-    rows = [[int(i) for i in prompt] for prompt in prompts for _ in range(n)]
+    need_sizes("best_of_n", n=n, batch=batch)
+    rows = [as_ids(prompt, "best_of_n", "prompts") for prompt in prompts for _ in range(n)]
     completions = []
     for begin in range(0, len(rows), batch):
         some = rows[begin:begin + batch]
@@ -50,6 +53,7 @@ def best_of_n(model, prompts, n, reward_fn, *, rng, max_new_tokens, batch=64, **
 
 def best_of_n_kl(n):
     """The most that best of n, an int, can move from the policy it samples from: ``log n - (n - 1) / n`` nats."""
+    need_sizes("best_of_n_kl", n=n)
     return math.log(n) - (n - 1) / n
 
 
