@@ -315,3 +315,36 @@ def test_what_maps_cannot_be_made_of_is_named(keywords, error, match):
         attention_maps(**arrays | keywords)
     wide = attention_maps(**arrays, window_size=(2**70, 2**70))
     assert (wide == attention_maps(**arrays)).all()
+
+
+@pytest.mark.parametrize(("make", "match"), [
+    (lambda a: KVCache([a], 0, 8), "KVCache: batch must be 1 or more, got 0"),
+    (lambda a: KVCache([a], 2, 0), "KVCache: capacity must be 1 or more, got 0"),
+    (lambda a: RollingKVCache([a], 2, piece=0), "RollingKVCache: piece must be 1 or more, got 0"),
+    (lambda a: PagedKVCache([a], 2, 8, block_size=0), "PagedKVCache: block_size must be 1 or more, got 0"),
+    (lambda a: PagedKVCache([a], 2, -1), "PagedKVCache: num_blocks must be 1 or more, got -1"),
+])
+def test_a_cache_of_no_size_is_refused_when_it_is_made(make, match):
+    layer = MultiHeadAttention(16, 2, window_size=(3, 0), rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=match):
+        make(layer)
+
+
+@pytest.mark.parametrize(("keywords", "error", "match"), [
+    ({"cache": 3}, TypeError, "cache must be a KVCache, RollingKVCache or PagedKVCache, got int"),
+    ({"rotary": 3}, TypeError, r"rotary must be the pair \(cos, sin\), as rotary_tables gives it, got 3"),
+    ({"rotary": rotary_tables(5, 8)[:1]}, TypeError, r"rotary must be the pair \(cos, sin\)"),
+    ({"rotary": (0.0, 1.0)}, ValueError, r"each \(S, head_dim / 2\), got shapes \(\) and \(\)"),
+])
+def test_what_is_no_cache_and_no_pair_of_tables_is_named(keywords, error, match):
+    layer, x = MultiHeadAttention(16, 2, rng=np.random.default_rng(0)), np.ones((1, 5, 16), np.float32)
+    calls = [layer] if "cache" in keywords else [layer, layer.maps]
+    for call in calls:
+        with pytest.raises(error, match=f"MultiHeadAttention: .*{match}"):
+            call(x, **keywords)
+
+
+def test_rotary_tables_may_be_lists():
+    layer, x = MultiHeadAttention(16, 2, rng=np.random.default_rng(0), dtype=np.float64), np.ones((1, 5, 16))
+    tables = rotary_tables(5, 8, dtype=np.float64)
+    assert (layer(x, [table.tolist() for table in tables]).data == layer(x, tables).data).all()

@@ -1,4 +1,6 @@
 """Multi-head attention with grouped queries, rotary positions or ALiBi, a window, and a key-value cache."""
+import reprlib
+
 import numpy as np
 
 import numformer as nf
@@ -7,7 +9,7 @@ from numformer.nn import init
 from numformer.nn.layers import project
 from numformer.nn.maps import attention_maps
 from numformer.nn.module import Module
-from numformer.ops.arguments import as_integer, as_number, need_sizes
+from numformer.ops.arguments import as_array, as_integer, as_number, need_sizes
 from numformer.ops.attention import as_window, packed_attention
 from numformer.tensor import apply, is_float
 
@@ -64,6 +66,22 @@ def split_heads_backward(dy, saved):
 def split_heads(qkv, n_head, n_kv_head):
     """Query, key and value (B, heads, S, D) in one array (B, S, (n_head + 2 n_kv_head) D): views, no copies."""
     return apply(split_heads_forward, split_heads_backward, qkv, n_head=n_head, n_kv_head=n_kv_head)
+
+
+def _pair(rotary):
+    """`rotary` as two arrays, or None."""
+    if rotary is None:
+        return None
+    try:
+        cos, sin = rotary
+    except (TypeError, ValueError):
+        raise TypeError("MultiHeadAttention: rotary must be the pair (cos, sin), as rotary_tables gives it, got "
+                        f"{reprlib.repr(rotary)}") from None
+    cos, sin = as_array(cos, "MultiHeadAttention", "cos"), as_array(sin, "MultiHeadAttention", "sin")
+    if cos.ndim < 2 or sin.ndim < 2:
+        raise ValueError("MultiHeadAttention: rotary must be (cos, sin), each (S, head_dim / 2), got shapes "
+                         f"{cos.shape} and {sin.shape}")
+    return cos, sin
 
 
 class MultiHeadAttention(Module):
@@ -148,8 +166,10 @@ class MultiHeadAttention(Module):
 
         Raises
         ------
+        TypeError
+            If `rotary` is no pair, or `cache` no cache.
         ValueError
-            If there are both ALiBi and `rotary`; if there is a cache and not causality; or no room in it.
+            If `rotary` has not these shapes; if there are both ALiBi and `rotary`; if there is a cache and not causality; or no room in it.
         """
         return project(self.heads(x, rotary, cache, layer), self.out, self.out_bias, residual=residual)
 
@@ -161,7 +181,10 @@ class MultiHeadAttention(Module):
         if cache is not None and not self.causal:
             raise ValueError("MultiHeadAttention: without causality a later key changes what an earlier query says, so "
                              "there is no cache for it: make the layer with causal=True")
-        qkv = self._project(x)
+        if cache is not None and not hasattr(cache, "attend"):
+            raise TypeError("MultiHeadAttention: cache must be a KVCache, RollingKVCache or PagedKVCache, got "
+                            f"{type(cache).__name__}")
+        qkv, rotary = self._project(x), _pair(rotary)
         dropout = self.training and self.dropout > 0
         rules = {"is_causal": self.causal, "window_size": self.window_size, "alibi_slopes": self.slopes}
         if cache is None and not dropout:
@@ -213,6 +236,6 @@ class MultiHeadAttention(Module):
         ndarray, (B, heads, rows, S)
             Without dropout, of which there is none to look at, and without `head_gate`.
         """
-        q, k, _ = self._turned(self._project(x), rotary)
+        q, k, _ = self._turned(self._project(x), _pair(rotary))
         return attention_maps(q, k, is_causal=self.causal, window_size=self.window_size, alibi_slopes=self.slopes,
                               heads=heads, rows=rows)

@@ -9,6 +9,7 @@ import copy
 import numpy as np
 
 import numformer as nf
+from numformer.ops.arguments import need_sizes
 from numformer.tensor import Tensor
 
 __all__ = ["KVCache", "PagedKVCache", "RollingKVCache"]
@@ -49,9 +50,17 @@ class KVCache:
     ----------
     length : int
         Positions that every layer holds; whoever runs the layers adds to it after the last one, by :meth:`advance`.
+
+    Raises
+    ------
+    TypeError
+        If a size is no integer, or `dtype` another.
+    ValueError
+        If a size is below 1.
     """
 
     def __init__(self, attentions, batch, capacity, dtype=np.float32):
+        need_sizes("KVCache", batch=batch, capacity=capacity)
         shapes, dtype = [(batch, a.n_kv_head, capacity, a.head_dim) for a in attentions], _storage(dtype, "KVCache")
         self.capacity = capacity
         self.keys = [np.empty(shape, dtype) for shape in shapes]
@@ -113,11 +122,17 @@ class RollingKVCache:
     ----------
     length : int
         As of :class:`KVCache`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`KVCache`; ValueError for a layer that is not causal or sees all that came before.
     """
 
     block_size = 16
 
     def __init__(self, attentions, batch, dtype=np.float32, *, piece=128):
+        need_sizes("RollingKVCache", batch=batch, piece=piece)
         self.keys, self.values, self.batch, self.piece, self.length = [], [], batch, piece, 0
         dtype = _storage(dtype, "RollingKVCache")
         for a in attentions:
@@ -181,9 +196,15 @@ class PagedKVCache:
         Which blocks hold them, as :func:`numformer.paged_attention` reads it.
     rows : ndarray
         The sequences that a call is about, all at first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :class:`KVCache`; ValueError for a layer that is not causal.
     """
 
     def __init__(self, attentions, batch, num_blocks, *, block_size=16, dtype=np.float32):
+        need_sizes("PagedKVCache", batch=batch, num_blocks=num_blocks, block_size=block_size)
         if not all(a.causal for a in attentions):
             raise ValueError("PagedKVCache: each layer must be causal")
         shapes = [(num_blocks, block_size, a.n_kv_head, a.head_dim) for a in attentions]
