@@ -78,13 +78,17 @@ class TokenShards:
 
 def _open(path):
     try:
+        with open(path, "rb") as file:
+            begin = file.read(len(np.lib.format.MAGIC_PREFIX))
+        if begin.startswith(b"PK"):
+            raise ValueError("it is an archive of several arrays (.npz)")
+        if begin != np.lib.format.MAGIC_PREFIX:         # np.load would advise to unpickle it
+            raise ValueError("it does not begin as one")
         shard = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole .npy file: {error}") from None
-    if not isinstance(shard, np.ndarray):       # an archive of several arrays
-        raise ValueError(f"{path}: a shard is one array in a .npy file, this is an archive (.npz)")
+        raise ValueError(f"{path} is not a whole .npy file, as write_shard writes it: {error}") from None
     if shard.ndim != 1 or shard.dtype not in (np.uint16, np.uint32):
         raise ValueError(f"{path}: a shard has one axis of uint16 or uint32, got {shard.dtype} {shard.shape}")
     return shard

@@ -76,9 +76,12 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path):
         (tmp_path / "broken.npy").write_bytes(broken)
         with pytest.raises(ValueError, match=r"broken\.npy is not a whole"):
             data.TokenShards(tmp_path / "broken.npy")
+    (tmp_path / "text.npy").write_text("Once upon a time")
+    with pytest.raises(ValueError, match=r"text\.npy is not a whole .* as write_shard writes it: it does not begin as"):
+        data.TokenShards(tmp_path / "text.npy")
     with open(tmp_path / "many.npy", "wb") as file:
         np.savez(file, np.arange(3))
-    with pytest.raises(ValueError, match=r"many\.npy: a shard is one array .* archive"):
+    with pytest.raises(ValueError, match=r"many\.npy is not a whole \.npy file, .* an archive of several arrays"):
         data.TokenShards(tmp_path / "many.npy")
 
 
