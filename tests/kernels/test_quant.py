@@ -304,7 +304,7 @@ def test_linear_names_bad_inputs():
         quant.linear(x, x)
     with pytest.raises(ValueError, match=r"compute must be .*, got 'int4'"):
         quant.linear(x, qweight, compute="int4")
-    with pytest.raises(ValueError, match='activation must be None, "gelu", .* or "relu"'):
+    with pytest.raises(ValueError, match=r'activation must be None, "gelu", .* or "relu"'):
         quant.linear(x, qweight, activation="tanh")
     for given in (x, nf.Tensor(x, requires_grad=True)):
         for activation in (None, "gelu"):

@@ -81,7 +81,7 @@ def test_fine_tuning_with_the_trainer_learns_and_resumes(tmp_path):
 
 
 @pytest.mark.parametrize(("examples", "batch", "message"), [
-    ([], 4, "there are no examples"), ([([1], [])], 4, "example 0 must be two lists"), ([([1], [2])], 0, "batch must be"),
+    ([], 4, "there are no examples"), ([([1], [])], 4, "example 0 must be two lists"), ([([1], [2])], 0, "batch must"),
     ([([1], [2], [3])], 1, "example 0 must be two lists")])
 @pytest.mark.parametrize("kind", [rlhf.CompletionBatches, rlhf.PairBatches])
 def test_bad_examples_are_named(kind, examples, batch, message):

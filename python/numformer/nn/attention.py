@@ -10,7 +10,7 @@ from numformer.nn.layers import project
 from numformer.nn.maps import attention_maps
 from numformer.nn.module import Module
 from numformer.ops.arguments import as_array, as_integer, as_number, need_sizes
-from numformer.ops.attention import as_window, packed_attention
+from numformer.ops.attention import as_window, heads_of, packed_attention
 from numformer.tensor import apply, is_float
 
 __all__ = ["MultiHeadAttention", "rotary_tables", "split_heads"]
@@ -45,22 +45,16 @@ def rotary_tables(length, head_dim, *, theta=10000.0, dtype=np.float32):
 
 def split_heads_forward(qkv, n_head, n_kv_head):
     """Return ``((query, key, value), saved)``: views of `qkv`."""
-    batch, length, width = qkv.shape
-    heads = n_head + 2 * n_kv_head
-    x = qkv.reshape(batch, length, heads, width // heads).swapaxes(1, 2)
-    return (x[:, :n_head], x[:, n_head:n_head + n_kv_head], x[:, n_head + n_kv_head:]), (qkv.shape, n_head, n_kv_head)
+    return heads_of(qkv, n_head, n_kv_head), (qkv.shape, n_head, n_kv_head)
 
 
 def split_heads_backward(dy, saved):
     """Return the gradient with respect to `qkv`, in a tuple."""
-    (batch, length, width), n_head, n_kv_head = saved
-    heads = n_head + 2 * n_kv_head
-    dtype = next(d.dtype for d in dy if d is not None)
-    dqkv = pooled(np.empty, (batch, length, heads, width // heads), dtype)
-    parts = dqkv.swapaxes(1, 2)
-    for part, d in zip((parts[:, :n_head], parts[:, n_head:n_head + n_kv_head], parts[:, n_head + n_kv_head:]), dy):
+    shape, n_head, n_kv_head = saved
+    dqkv = pooled(np.empty, shape, next(d.dtype for d in dy if d is not None))
+    for part, d in zip(heads_of(dqkv, n_head, n_kv_head), dy):
         part[...] = 0 if d is None else d
-    return (dqkv.reshape(batch, length, width),)
+    return (dqkv,)
 
 
 def split_heads(qkv, n_head, n_kv_head):
@@ -169,7 +163,8 @@ class MultiHeadAttention(Module):
         TypeError
             If `rotary` is no pair, or `cache` no cache.
         ValueError
-            If `rotary` has not these shapes; if there are both ALiBi and `rotary`; if there is a cache and not causality; or no room in it.
+            If `rotary` has not these shapes; if there are both ALiBi and `rotary`; if there is a cache and not
+            causality; or no room in it.
         """
         return project(self.heads(x, rotary, cache, layer), self.out, self.out_bias, residual=residual)
 

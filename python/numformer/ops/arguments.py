@@ -6,6 +6,7 @@ import reprlib
 import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+PLAIN = (np.ndarray, type(None))        # types of what goes to a kernel as it is
 
 
 def as_array(x, op, name):
@@ -51,7 +52,7 @@ def as_ids(row, op, name):
 
 
 def check_ids(ids, count, op, name, ignored=None):
-    """TypeError or ValueError, for the first, unless all of an array are integers within 0 .. count - 1, or `ignored`."""
+    """TypeError or ValueError, for the first, unless all of an array are integers in 0 .. count - 1, or `ignored`."""
     if ids.dtype.kind not in "iu":
         raise TypeError(f"{op}: {name} must be an array of integers, got {ids.dtype}")
     outside = (ids < 0) | (ids >= count)

@@ -142,10 +142,8 @@ def _minimum_backward(dy, saved):
 
 def _split(dy, first, a, b):
     """`dy` to `a` where `first`, half to each where they are equal (as torch), else to `b`."""
-    dy = np.broadcast_to(dy, first.shape)
-    half = np.where(a == b, dy * dy.dtype.type(0.5), dy.dtype.type(0))
-    zero = dy.dtype.type(0)
-    equal = a == b
+    dy, equal, zero = np.broadcast_to(dy, first.shape), a == b, dy.dtype.type(0)
+    half = dy * dy.dtype.type(0.5)
     da = np.where(equal, half, np.where(first, dy, zero))
     db = np.where(equal, half, np.where(first, zero, dy))
     return _unbroadcast(da, a.shape), _unbroadcast(db, b.shape)

@@ -6,7 +6,7 @@ arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), and the backward pass buil
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_arrays, as_integer, as_number, choose
+from numformer.ops.arguments import PLAIN, as_array, as_arrays, as_integer, as_number, choose
 from numformer.tensor import Tensor, apply, draw_key, is_float
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
@@ -15,7 +15,6 @@ __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge
 
 _OP = "scaled_dot_product_attention"
 _ALIGN = {"bottom_right": 0, "top_left": 2}
-_PLAIN = (np.ndarray, type(None))       # what goes to the kernel as it is
 _CAUSAL, _PACKED, _WANT_MASK, _WANT_SLOPES, _WANT_SINKS = 1, 1, 2, 4, 8     # as in csrc/bind/attention.c
 
 
@@ -212,13 +211,13 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     extras = (type(window_size) is not tuple or window_size != (-1, -1) or type(softcap) is not float or softcap
               or alibi_slopes is not None or sinks is not None or kv_lengths is not None
               or type(dropout_p) is not float or dropout_p != 0.0)
-    if arrays and type(attn_mask) in _PLAIN and not extras:
+    if arrays and type(attn_mask) in PLAIN and not extras:
         causal = _causal(is_causal, causal_align) if is_causal or causal_align != "bottom_right" else 0
         return _core.attention_forward(query, key, value, attn_mask, scale, causal, None, out, 1 if return_lse else 0)
     features = {"window_size": window_size, "softcap": softcap, "kv_lengths": kv_lengths, "dropout_p": dropout_p,
                 "rng": rng}
     sides = {"mask": attn_mask, "slopes": alibi_slopes, "sinks": sinks}
-    if arrays and all(type(x) in _PLAIN for x in sides.values()):
+    if arrays and all(type(x) in PLAIN for x in sides.values()):
         return _core.attention_forward(query, key, value, attn_mask, scale, _causal(is_causal, causal_align),
                                        _features(alibi_slopes=alibi_slopes, sinks=sinks, **features), out,
                                        1 if return_lse else 0)
@@ -333,7 +332,7 @@ def _heads(packed, count):
     return packed.reshape(batch, length, count, width // count)
 
 
-def _split(qkv, num_heads, num_kv_heads):
+def heads_of(qkv, num_heads, num_kv_heads):
     """query, key and value as (B, heads, S, D) views of (B, S, (H + 2 Hkv) D)."""
     heads = _heads(qkv, num_heads + 2 * num_kv_heads).transpose(0, 2, 1, 3)
     return heads[:, :num_heads], heads[:, num_heads:num_heads + num_kv_heads], heads[:, num_heads + num_kv_heads:]
@@ -356,7 +355,7 @@ def packed_attention_forward(qkv, num_heads, num_kv_heads=None, is_causal=False,
         qkv = _core.pooled(np.array, qkv, order="C")
         heads = _heads(qkv, num_heads + 2 * num_kv_heads)
         _turn(heads[:, :, :num_heads + num_kv_heads], rotary, False)
-    query, key, value = _split(qkv, num_heads, num_kv_heads)
+    query, key, value = heads_of(qkv, num_heads, num_kv_heads)
     features = _features(window_size, alibi_slopes=alibi_slopes)
     out, _, stats, exact = _core.attention_forward(query, key, value, None, scale, int(is_causal), features, None, 2)
     joined = out.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], num_heads * out.shape[3])

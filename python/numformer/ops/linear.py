@@ -5,7 +5,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import as_arrays, as_floats, as_rows, choose
+from numformer.ops.arguments import PLAIN, as_arrays, as_floats, as_rows, choose
 from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
@@ -15,8 +15,6 @@ __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward"
 _ACTIVATIONS = {None: (0, None), "relu": (1, _core.relu_backward), "silu": (2, _core.silu_backward),
                 "gelu": (3, _core.gelu_erf_backward), "gelu_tanh": (4, _core.gelu_tanh_backward),
                 "gelu_quick": (5, _core.gelu_quick_backward)}
-
-_PLAIN = (np.ndarray, type(None))       # what goes to the kernel as it is
 
 
 def _number(activation):
@@ -83,7 +81,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
     M N K multiply-adds; the gradients of `x` and of `weight` take as many each. The sum over K goes in blocks of at
     most 384, or 256 below AVX-512, in ascending order: error at most (384 + K / 256) eps times the sum of |x| |weight|.
     """
-    if type(x) is np.ndarray and type(weight) is np.ndarray and type(bias) in _PLAIN and type(residual) in _PLAIN:
+    if type(x) is np.ndarray and type(weight) is np.ndarray and type(bias) in PLAIN and type(residual) in PLAIN:
         return _core.linear(x, weight, bias, residual, _number(activation), out, False)
     inputs = x, weight, bias, residual
     if not is_recording() and Tensor in map(type, inputs):

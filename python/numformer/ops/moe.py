@@ -162,8 +162,8 @@ def route(logits, top_k, *, score="softmax", normalize=True, bias=None, num_grou
     weight, probabilities = apply(route_forward, route_backward, logits, top_k=top_k, score=score, normalize=normalize,
                                   bias=bias, num_groups=num_groups, top_groups=top_groups, scale=scale,
                                   capacity=capacity, token_mask=mask, parts=parts)
-    tokens = weight.shape[0] if type(weight) is np.ndarray else weight.data.shape[0]
-    return Routing(weight, probabilities, *parts, tokens if mask is None else int(np.count_nonzero(mask)), score)
+    tokens = len(weight) if mask is None else int(np.count_nonzero(mask))
+    return Routing(weight, probabilities, *parts, tokens, score)
 
 
 def route_expert_choice_forward(logits, capacity, *, token_mask=None, parts=None):
@@ -235,8 +235,8 @@ def route_expert_choice(logits, capacity, *, token_mask=None):
     mask = _token_mask(token_mask, "route_expert_choice")
     weight, probabilities = apply(route_expert_choice_forward, route_expert_choice_backward, logits, capacity=capacity,
                                   token_mask=mask, parts=parts)
-    tokens = parts[0].shape[0]
-    return Routing(weight, probabilities, *parts, tokens if mask is None else int(np.count_nonzero(mask)), "softmax")
+    tokens = len(weight) if mask is None else int(np.count_nonzero(mask))
+    return Routing(weight, probabilities, *parts, tokens, "softmax")
 
 
 def dispatch_forward(x, routing):
