@@ -80,9 +80,11 @@ def main(arguments=None):
     except KeyboardInterrupt:
         if not os.path.exists(os.path.join(options.out, "run.json")):
             return _fail("stopped before anything was begun", 130)
-        return _fail(f"stopped; to go on: python -m numformer.demo --resume --out {shlex.quote(options.out)}", 130)
+        return _fail(f"stopped; {_to_go_on(options.out)}", 130)
     except MemoryError:
         return _fail("out of memory", 1)
+    except BrokenPipeError:
+        return _fail(f"stopped, as nobody reads what it says; {_to_go_on(options.out)}", 1)
     except OSError as error:
         full = " (make room, then go on with --resume)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         where = f"{error.filename}: " if error.filename else f"writing to {options.out}: "
@@ -101,7 +103,14 @@ def _check_name(name, folder):
             from None
 
 
+def _to_go_on(folder):
+    return f"to go on: python -m numformer.demo --resume --out {shlex.quote(folder)}"
+
+
 def _fail(message, code):
-    print(end="", flush=True)
-    print(f"\nnumformer.demo: {message}", file=sys.stderr)
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"\nnumformer.demo: {message}\n")):
+        try:
+            print(text, end="", file=stream, flush=True)
+        except BrokenPipeError:         # what is left of it must not be tried again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return code
