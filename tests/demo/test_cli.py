@@ -48,17 +48,24 @@ def one_line(capsys):
     (["--out", "{tmp}/empty", "--resume"], "holds no run to go on with"),
     (["--out", "{tmp}/broken", "--resume"], "run.json is broken"),
     (["--out", "{tmp}/foreign", "--resume"], "run.json is broken"),
+    (["--out", "{tmp}/long", "--resume"], "run.json is broken"),
+    (["--out", "{tmp}/edited", "--resume"], "run.json says minutes 6, and the run began with 0: put that back"),
 ])
 def test_what_cannot_be_done_is_said_in_one_line_and_nothing_is_written(arguments, message, tmp_path, capsys,
                                                                         monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "full", "run", "broken", "foreign"):
+    for name in ("empty", "full", "run", "broken", "foreign", "long", "edited"):
         (tmp_path / name).mkdir()
     (tmp_path / "file").write_text("a file")
     (tmp_path / "full" / "letter.txt").write_text("dear")
     order = {"program": "numformer.demo", "minutes": 6, "seed": 4, "data": None}
     (tmp_path / "run" / "run.json").write_text(json.dumps(order))
     (tmp_path / "foreign" / "run.json").write_text(json.dumps(order | {"minutes": "6"}))
+    (tmp_path / "long" / "run.json").write_text(json.dumps(order | {"minutes": 61}))
+    (tmp_path / "edited" / "run.json").write_text(json.dumps(order))
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        done = {"stage": "data", "done": True, "minutes": 0, "seed": 4, "seconds": 1.0}
+        (tmp_path / "edited" / name).write_text(json.dumps(done) + "\n")
     (tmp_path / "broken" / "run.json").write_text('{"program": "numf')
     before = sorted(tmp_path.rglob("*"))
     assert cli.main([a.format(tmp=tmp_path) for a in arguments]) == 2
@@ -147,6 +154,18 @@ def test_a_line_of_metrics_that_is_none_is_said_in_one_line(tmp_path, capsys, li
     (tmp_path / "metrics.jsonl").write_bytes(b'{"stage": "data", "done": true}\n' + line + b"\n")
     assert cli.main(["--resume", "--out", str(tmp_path)]) == 1
     assert "metrics.jsonl is broken: " in one_line(capsys)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_goes_away_stops_the_run_in_one_line(tmp_path, source, stream):
+    with corpus.demo("--minutes", 0, "--data", source, "--out", tmp_path / "out") as process:
+        getattr(process, stream).close()
+        error = process.stderr.read() if stream == "stdout" else ""
+    assert process.returncode == 1
+    assert "Traceback" not in error and "Exception ignored" not in error
+    if stream == "stdout":
+        assert error.splitlines()[-1] == ("numformer.demo: stopped, as nobody reads what it says; to go on: "
+                                          f"python -m numformer.demo --resume --out {tmp_path}/out")
 
 
 def test_help_explains_all(capsys):

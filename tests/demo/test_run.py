@@ -166,6 +166,22 @@ def test_what_a_done_stage_wrote_and_is_broken_now_is_said_in_one_line(whole, tm
     assert error.startswith(f"numformer.demo: {folder}/") and message in error
 
 
+@pytest.mark.parametrize(("stage", "key"), [("data", "bytes_per_token"), ("pretrain-experts", "load"),
+                                            ("ppo", "kl_coef"), ("ppo", "best_of_n"), ("quantize", "models")])
+def test_a_field_that_metrics_lack_is_said_in_one_line(whole, tmp_path, capsys, stage, key):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    lines = read(folder)
+    for line in lines:
+        if line["stage"] == stage:
+            line.pop(key, None)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cli.main(["--resume", "--out", str(folder)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == (f"numformer.demo: {folder}/metrics.jsonl is broken: '{key}' is missing in a line of it; give "
+                     "another folder")
+
+
 def test_a_run_that_was_killed_over_its_first_file_can_be_begun_again(tmp_path, source):
     (tmp_path / ".run.json.12.34.part").write_text('{"program": "numf')
     run = Run.begin(tmp_path, plan_for(0), 0, str(source))

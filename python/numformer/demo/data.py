@@ -76,7 +76,8 @@ def work(run):
     replace_file(folder / "tokenizer.json", tokenizer.to_str())
     replace_file(folder / "examples.json", json.dumps({"kind": kind, **examples}))
     size = sum(d.size for d in held_out)
-    return {"source": described(run.data), "files": len(documents), "train_files": len(train),
+    return {"minutes": plan.minutes, "seed": run.seed, "source": described(run.data),
+            "files": len(documents), "train_files": len(train),
             "held_out_files": len(held_out), "train_bytes": sum(d.size for d in train), "held_out_bytes": size,
             "vocabulary": tokenizer.get_vocab_size(), "train_tokens": len(tokens["train"]),
             "held_out_tokens": len(tokens["held_out"]), "bytes_per_token": size / len(tokens["held_out"]),

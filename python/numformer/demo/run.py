@@ -93,9 +93,18 @@ class Run:
             if value is not None and value != order[name]:
                 raise DemoError(f"--out {folder} holds a run with --{name} {order[name]}, not {value}: leave --{name} "
                                 "away, or give another folder")
-        run = cls(folder, plan_for(order["minutes"]), order["seed"], order["data"])
+        try:
+            plan = plan_for(order["minutes"])
+        except DemoError:
+            raise DemoError(f"{folder / 'run.json'} is broken; give another folder") from None
+        run = cls(folder, plan, order["seed"], order["data"])
         run._lock()
         run._open()
+        begun = run.results.get("data", {})
+        for name in ("minutes", "seed"):
+            if name in begun and begun[name] != order[name]:
+                raise DemoError(f"{folder / 'run.json'} says {name} {order[name]}, and the run began with "
+                                f"{begun[name]}: put that back, or give another folder")
         return run
 
     @staticmethod
@@ -208,6 +217,17 @@ class Run:
             replace_file(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+class _Line(dict):
+    """An object of a file; what it lacks is an error that names the file."""
+
+    def __init__(self, path, items):
+        super().__init__(items)
+        self.path = path
+
+    def __missing__(self, key):
+        raise DemoError(f"{self.path} is broken: {key!r} is missing in a line of it; give another folder", code=1)
+
+
 def _read_lines(path):
     """({stage: lines with a step}, {stage: its last line}) of a file; a line that a kill cut off does not count."""
     log, results = {}, {}
@@ -216,13 +236,13 @@ def _read_lines(path):
             if not text.endswith("\n"):
                 continue
             try:
-                line = json.loads(text)
+                line = json.loads(text, object_hook=lambda items: _Line(path, items))
                 stage = line.pop("stage")
                 log.setdefault(stage, [])
                 if line.pop("done", False):
                     results[stage] = line
                 else:
-                    log[stage].append({"stage": stage, "step": line.pop("step"), **line})
+                    log[stage].append(_Line(path, {"stage": stage, "step": line.pop("step"), **line}))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise DemoError(f"{path} is broken: {text.strip()[:60]!r} is no line of it", code=1) from None
     return log, results
