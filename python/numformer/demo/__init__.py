@@ -5,6 +5,6 @@
     examples.py   prompts with completions cut from the corpus
     scorer.py     the program that judges a completion
     run.py        the out folder: what is done, how to go on after a kill
-    stages.py     the stages in their order; pretrain.py, align.py, shrink.py: what they do
+    stages.py     the stages in their order; data.py, pretrain.py, align.py, shrink.py, talk.py: what they do
     report.py     report.html, from the numbers of the run; figures.py draws them
 """

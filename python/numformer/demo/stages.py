@@ -64,5 +64,3 @@ def go(run):
     path = report.write(run)
     run.finish()
     print(f"{'report':<20} {path} ({time.perf_counter() - begin:.0f} s in all)", flush=True)
-
-
