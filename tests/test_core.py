@@ -120,3 +120,9 @@ def test_the_import_brings_nothing_but_numpy():
             "heavy = {'torch', 'matplotlib', 'safetensors', 'tokenizers', 'tqdm', 'scipy', 'asyncio'}\n"
             "print(sorted(heavy & (set(sys.modules) - before)))")
     assert run(code) == "[]"
+
+
+def test_a_roof_of_no_array_is_refused():
+    for measure in (lambda: _core.roof_read(None, 0), lambda: _core.roof_copy(None, None)):
+        with pytest.raises(TypeError, match="x must be an array, got None"):
+            measure()

@@ -53,9 +53,11 @@ registers(nf_roof_registers *kernel, PyObject *arg, double each)
         return NULL;
     }
     roof_work w = {.kernel = kernel, .rounds = rounds};
-    Py_BEGIN_ALLOW_THREADS(void) nf_parallel(TASKS, ALL_THREADS, 0, run_registers, &w);
-    Py_END_ALLOW_THREADS return PyFloat_FromDouble(each * TASKS * (double)rounds
-                                                   * NF_ROOF_SUMS * *nf_kernels.roof_lanes);
+    Py_BEGIN_ALLOW_THREADS;
+    (void)nf_parallel(TASKS, ALL_THREADS, 0, run_registers, &w);
+    Py_END_ALLOW_THREADS;
+    return PyFloat_FromDouble(each * TASKS * (double)rounds * NF_ROOF_SUMS
+                              * *nf_kernels.roof_lanes);
 }
 
 static PyObject *
@@ -83,14 +85,16 @@ roof_read(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (PyErr_Occurred()) {
         return NULL;
     }
-    PyArrayObject *x = nf_array(args[0], NPY_FLOAT, 1, "roof_read", "x");
+    PyArrayObject *x = nf_needed(args[0], NPY_FLOAT, 1, "roof_read", "x");
     if (x == NULL || (x = nf_contiguous(x)) == NULL) {
         return NULL;
     }
     const size_t pieces = (size_t)PyArray_NBYTES(x) / PIECE;
     roof_work w = {.from = PyArray_DATA(x), .ahead = ahead};
-    Py_BEGIN_ALLOW_THREADS(void) nf_parallel(pieces, ALL_THREADS, 0, run_read, &w);
-    Py_END_ALLOW_THREADS Py_DECREF(x);
+    Py_BEGIN_ALLOW_THREADS;
+    (void)nf_parallel(pieces, ALL_THREADS, 0, run_read, &w);
+    Py_END_ALLOW_THREADS;
+    Py_DECREF(x);
     return PyFloat_FromDouble((double)pieces * PIECE);
 }
 
@@ -101,9 +105,9 @@ roof_copy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (nf_check_count("roof_copy", count, 2) < 0) {
         return NULL;
     }
-    PyArrayObject *x = nf_array(args[0], NPY_FLOAT, 1, "roof_copy", "x");
+    PyArrayObject *x = nf_needed(args[0], NPY_FLOAT, 1, "roof_copy", "x");
     PyArrayObject *out =
-        x == NULL ? NULL : nf_array(args[1], NPY_FLOAT, 1, "roof_copy", "out");
+        x == NULL ? NULL : nf_needed(args[1], NPY_FLOAT, 1, "roof_copy", "out");
     if (out == NULL || !PyArray_IS_C_CONTIGUOUS(x)
         || nf_check_out(out, 1, PyArray_DIMS(x), NPY_FLOAT, x, "roof_copy") < 0) {
         if (!PyErr_Occurred()) {
@@ -113,8 +117,10 @@ roof_copy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     }
     const size_t pieces = (size_t)PyArray_NBYTES(x) / PIECE;
     roof_work w = {.from = PyArray_DATA(x), .to = PyArray_DATA(out)};
-    Py_BEGIN_ALLOW_THREADS(void) nf_parallel(pieces, ALL_THREADS, 0, run_copy, &w);
-    Py_END_ALLOW_THREADS return PyFloat_FromDouble(2.0 * (double)pieces * PIECE);
+    Py_BEGIN_ALLOW_THREADS;
+    (void)nf_parallel(pieces, ALL_THREADS, 0, run_copy, &w);
+    Py_END_ALLOW_THREADS;
+    return PyFloat_FromDouble(2.0 * (double)pieces * PIECE);
 }
 
 static PyMethodDef methods[] = {
@@ -123,11 +129,12 @@ static PyMethodDef methods[] = {
      "done."},
     {"roof_dot", roof_dot, METH_O,
      "roof_dot(rounds)\n--\n\nDot products of bytes from registers; the operations done."},
-    {"roof_read", (PyCFunction)(void (*)(void))roof_read, METH_FASTCALL,
-     "roof_read(x, ahead)\n--\n\nRead a float32 array, asking for what is so many bytes "
-     "ahead; the bytes read."},
-    {"roof_copy", (PyCFunction)(void (*)(void))roof_copy, METH_FASTCALL,
-     "roof_copy(x, out)\n--\n\nCopy a float32 array; the bytes read and written."},
+    METHOD(
+        roof_read,
+        "roof_read(x, ahead)\n--\n\nRead a float32 array, asking for what is so many bytes "
+        "ahead; the bytes read."),
+    METHOD(roof_copy,
+           "roof_copy(x, out)\n--\n\nCopy a float32 array; the bytes read and written."),
     {NULL, NULL, 0, NULL},
 };
 
