@@ -181,8 +181,7 @@ new_side_gradients(nf_attention_call *c, PyObject *mask, long wants)
         c->dmask = p->mask_gradient == NF_MASK_ROWS ? nf_new_zeroed(3, rows, c->numbers)
                    : p->mask_gradient == NF_MASK_KEYS
                        ? nf_new_zeroed(3, keys, c->numbers)
-                       : nf_new_zeroed(PyArray_NDIM((PyArrayObject *)mask),
-                                       PyArray_DIMS((PyArrayObject *)mask), c->numbers);
+                       : nf_new_zeroed(ndim, PyArray_DIMS(given), c->numbers);
         if (c->dmask == NULL) {
             return -1;
         }
@@ -284,10 +283,8 @@ fail:
 }
 
 static PyMethodDef methods[] = {
-    {"attention_forward", (PyCFunction)(void (*)(void))attention_forward, METH_FASTCALL,
-     NULL},
-    {"attention_backward", (PyCFunction)(void (*)(void))attention_backward, METH_FASTCALL,
-     NULL},
+    METHOD(attention_forward, NULL),
+    METHOD(attention_backward, NULL),
     {NULL, NULL, 0, NULL},
 };
 

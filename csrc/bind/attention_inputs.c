@@ -141,16 +141,15 @@ check_lengths(const nf_attention_call *c, int paged)
     return 0;
 }
 
-/* A finite number in [least, most). */
+/* A finite number, at least 0 and below `most`. */
 static int
-take_number(PyObject *object, double least, double most, const char *op, const char *name,
-            double *to)
+take_number(PyObject *object, double most, const char *op, const char *name, double *to)
 {
     *to = PyFloat_AsDouble(object);
     if (*to == -1.0 && PyErr_Occurred()) {
         return -1;
     }
-    if (!(*to >= least && *to < most)) {
+    if (!(*to >= 0 && *to < most)) {
         PyErr_Format(PyExc_ValueError, "%s: %s must be %s, got %R", op, name,
                      most <= 1 ? "at least 0 and below 1" : "finite and not negative",
                      object);
@@ -220,8 +219,8 @@ take_features(nf_attention_call *c, PyObject *object)
     PyObject *const *const f = &PyTuple_GET_ITEM(object, 0);
     double dropout;
     if (nf_attention_sequences(c, f) < 0 || take_window(c, f[LEFT], f[RIGHT]) < 0
-        || take_number(f[SOFTCAP], 0, HUGE_VAL, c->op, "softcap", &p->softcap) < 0
-        || take_number(f[DROPOUT], 0, 1, c->op, "dropout_p", &dropout) < 0) {
+        || take_number(f[SOFTCAP], HUGE_VAL, c->op, "softcap", &p->softcap) < 0
+        || take_number(f[DROPOUT], 1, c->op, "dropout_p", &dropout) < 0) {
         return -1;
     }
     if (p->softcap > (c->numbers == NPY_DOUBLE ? 0x1p900 : 0x1p90)) {

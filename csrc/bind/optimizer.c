@@ -179,9 +179,9 @@ fail:
 }
 
 static PyMethodDef methods[] = {
-    {"adamw_step", (PyCFunction)(void (*)(void))adamw_step, METH_FASTCALL,
-     "adamw_step(params, grads, m, v, decays, lr, beta1, beta2, eps, count, scale)\n--\n\n"
-     "One step of AdamW over lists of arrays, in place."},
+    METHOD(adamw_step, "adamw_step(params, grads, m, v, decays, lr, beta1, beta2, eps, "
+                       "count, scale)\n--\n\n"
+                       "One step of AdamW over lists of arrays, in place."),
     {"global_norm", global_norm, METH_O,
      "global_norm(arrays)\n--\n\nThe Euclidean norm of all elements of all arrays."},
     {NULL, NULL, 0, NULL},

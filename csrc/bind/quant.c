@@ -91,9 +91,9 @@ read_activation(PyObject *object, nf_elementwise_kernel **kernel)
                                               nf_kernels.silu_f32,
                                               nf_kernels.relu_f32};
     const long number = PyLong_AsLong(object);
-    if (number < 0 || number > 5) {
+    if (number < 0 || number >= (long)(sizeof kernels / sizeof *kernels)) {
         if (!PyErr_Occurred()) {
-            PyErr_Format(PyExc_ValueError, "quant_linear: no activation %ld", number);
+            PyErr_Format(PyExc_ValueError, "quant.linear: unknown activation %ld", number);
         }
         return -1;
     }

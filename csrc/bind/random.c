@@ -35,12 +35,10 @@ dropout(PyObject *module, PyObject *const *args, Py_ssize_t count)
     if (y == NULL) {
         goto fail;
     }
-    const int is_double = PyArray_TYPE(x) == NPY_DOUBLE;
     nf_status status;
     Py_BEGIN_ALLOW_THREADS;
-    status = nf_dropout(is_double ? nf_kernels.dropout_f64 : nf_kernels.dropout_f32,
-                        (size_t)PyArray_ITEMSIZE(x), PyArray_DATA(x), PyArray_DATA(y),
-                        (size_t)PyArray_SIZE(x), p, key);
+    status = nf_dropout(PICK(dropout, PyArray_TYPE(x)), (size_t)PyArray_ITEMSIZE(x),
+                        PyArray_DATA(x), PyArray_DATA(y), (size_t)PyArray_SIZE(x), p, key);
     Py_END_ALLOW_THREADS;
     if (nf_check_status(status, "dropout") < 0) {
         Py_CLEAR(y);

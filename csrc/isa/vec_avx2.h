@@ -149,6 +149,12 @@ nf_where_negative(vf32 sign, vf32 a, vf32 b)
 #define NF_ROWS64(m) NF_ROWS16(m), NF_ROWS16(m + 16), NF_ROWS16(m + 32), NF_ROWS16(m + 48)
 static const uint64_t nf_set_bits[256] = {NF_ROWS64(0), NF_ROWS64(64), NF_ROWS64(128),
                                           NF_ROWS64(192)};
+#undef NF_BEFORE
+#undef NF_BYTE
+#undef NF_ROW
+#undef NF_ROWS4
+#undef NF_ROWS16
+#undef NF_ROWS64
 
 NF_INLINE size_t
 nf_pack_f32(float *p, int32_t *places, vf32 sign, vf32 a, int32_t first)

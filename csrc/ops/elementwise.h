@@ -4,7 +4,8 @@
 #include "core/status.h"
 #include "kernels/kernels.h"
 
-enum { NF_MAX_INPUTS = 4 };
+/* Of any elementwise kernel. */
+enum { NF_MAX_INPUTS = 3 };
 
 /* n contiguous elements. */
 nf_status nf_elementwise(nf_elementwise_kernel *kernel, int inputs, size_t itemsize,

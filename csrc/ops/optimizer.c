@@ -47,7 +47,7 @@ find(const step_work *w, size_t index, size_t *begin)
 static size_t
 length(const nf_parameter *p, size_t begin)
 {
-    return p->n - begin < CHUNK ? p->n - begin : CHUNK;
+    return nf_least(CHUNK, p->n - begin);
 }
 
 static double

@@ -19,8 +19,7 @@ run_block(size_t index, void *pointer, void *scratch)
     (void)scratch;
     const row_work *w = pointer;
     const size_t begin = index * w->block;
-    const size_t end = w->rows - begin < w->block ? w->rows : begin + w->block;
-    w->kernel(w->args, begin, end);
+    w->kernel(w->args, begin, begin + nf_least(w->block, w->rows - begin));
 }
 
 static nf_status
