@@ -53,8 +53,12 @@ def test_gradient_reaches_the_tokens_and_the_router():
     assert np.isfinite(x.grad).all() and (x.grad != 0).any() and (layer.router.grad != 0).any()
 
 
-def test_bad_counts_are_named():
+def test_bad_experts_and_routings_are_named():
     layer = experts(quant.QuantSpec(8, None))
-    x = normal(5, 32, dtype=np.float32)
+    x, routing = normal(5, 32, dtype=np.float32), nf.moe.route(normal(5, 4, dtype=np.float32), 2)
     with pytest.raises(ValueError, match="one weight for each of 4 experts, got 3 and 4"):
-        quant.moe_mlp(x, nf.moe.route(normal(5, 4, dtype=np.float32), 2), layer.up[:3], layer.down)
+        quant.moe_mlp(x, routing, layer.up[:3], layer.down)
+    with pytest.raises(TypeError, match=r"quant\.moe_mlp: down must be a sequence of .* got NoneType"):
+        quant.moe_mlp(x, routing, layer.up, None)
+    with pytest.raises(TypeError, match=r"quant\.moe_mlp: routing must be a Routing, .* got ndarray"):
+        quant.moe_mlp(x, x, layer.up, layer.down)

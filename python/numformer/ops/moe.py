@@ -66,7 +66,7 @@ class Routing:
         return f"Routing({tokens} tokens, top {k} of {len(self.counts)} experts, {len(self.source)} rows)"
 
 
-def _check_routing(routing, op):
+def check_routing(routing, op):
     if type(routing) is not Routing:
         raise TypeError(f"{op}: routing must be a Routing, as route gives it, got {type(routing).__name__}")
 
@@ -269,13 +269,13 @@ def dispatch(x, routing):
     ValueError
         If `x` has not the tokens of `routing`.
     """
-    _check_routing(routing, "dispatch")
+    check_routing(routing, "dispatch")
     return apply(dispatch_forward, dispatch_backward, x, routing=routing)
 
 
 def combine_forward(y, routing, weight=None):
     """Return ``(sums, saved)``; `weight` stands for ``routing.weight``."""
-    _check_routing(routing, "combine")
+    check_routing(routing, "combine")
     y = as_floats(y, "combine", "y")
     weight = _values(routing.weight) if weight is None else weight
     same_dtype("combine", y=y, weight=weight)
@@ -311,13 +311,13 @@ def combine(y, routing):
     ValueError
         If `y` has not the rows of `routing`.
     """
-    _check_routing(routing, "combine")
+    check_routing(routing, "combine")
     return apply(combine_forward, combine_backward, y, routing, routing.weight)
 
 
 def mlp_forward(x, routing, gate_up, down, weight=None, *, activation="swiglu"):
     """Return ``(y, saved)``; `weight` stands for ``routing.weight``."""
-    _check_routing(routing, "mlp")
+    check_routing(routing, "mlp")
     if activation != "swiglu":
         raise ValueError(f'mlp: activation must be "swiglu", got {activation!r}')
     x, gate_up, down = as_floats(x, "mlp", "x"), as_floats(gate_up, "mlp", "gate_up"), as_floats(down, "mlp", "down")
@@ -380,13 +380,13 @@ def mlp(x, routing, gate_up, down, *, activation="swiglu"):
     ValueError
         If a shape does not fit, or the activation is another.
     """
-    _check_routing(routing, "mlp")
+    check_routing(routing, "mlp")
     return apply(mlp_forward, mlp_backward, x, routing, gate_up, down, routing.weight, activation=activation)
 
 
 def load_balancing_loss_forward(routing, probabilities=None, *, form="switch"):
     """Return ``(loss, saved)``; `probabilities` stand for ``routing.probabilities``."""
-    _check_routing(routing, "load_balancing_loss")
+    check_routing(routing, "load_balancing_loss")
     probabilities = _values(routing.probabilities) if probabilities is None else probabilities
     experts, top_k, tokens = probabilities.shape[1], routing.row.shape[1], routing.tokens
     divide = choose({"switch": tokens * top_k, "mixtral": tokens}, form, "load_balancing_loss", "form")
@@ -440,7 +440,7 @@ def load_balancing_loss(routing, *, form="switch"):
     ValueError
         If `form` is another.
     """
-    _check_routing(routing, "load_balancing_loss")
+    check_routing(routing, "load_balancing_loss")
     return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing, routing.probabilities, form=form)
 
 

@@ -6,7 +6,7 @@ from numformer.ops.arguments import as_array, as_rows, check_ids, choose
 from numformer.ops.arithmetic import concatenate
 from numformer.ops.gated import silu_backward, silu_forward, swiglu
 from numformer.ops.gelu import gelu_backward, gelu_forward
-from numformer.ops.moe import combine, dispatch
+from numformer.ops.moe import check_routing, combine, dispatch
 from numformer.tensor import Tensor, apply, is_recording
 
 __all__ = ["embedding", "int8_matmul", "linear", "linear_backward", "linear_forward", "moe_mlp"]
@@ -140,8 +140,20 @@ def moe_mlp(x, routing, gate_up, down, *, compute="int8"):
     -------
     (T, d) float32 ndarray, or Tensor where `x` or the routing is one
         A token's bits do not depend on the other tokens.
+
+    Raises
+    ------
+    TypeError
+        If `routing` is no Routing, `gate_up` or `down` no sequence of QuantizedWeights, or `x` not float32.
+    ValueError
+        If there is not a weight for each expert, shapes do not fit, or `compute` is not known.
     """
+    check_routing(routing, "quant.moe_mlp")
     experts = len(routing.counts)
+    for name, weights in (("gate_up", gate_up), ("down", down)):
+        if not hasattr(weights, "__len__"):
+            raise TypeError(f"quant.moe_mlp: {name} must be a sequence of QuantizedWeights, one for each expert, got "
+                            f"{type(weights).__name__}")
     if len(gate_up) != experts or len(down) != experts:
         raise ValueError(f"quant.moe_mlp: gate_up and down must hold one weight for each of {experts} experts, got "
                          f"{len(gate_up)} and {len(down)}")
