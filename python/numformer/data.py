@@ -105,6 +105,13 @@ class Batches:
     shards : TokenShards, or what it takes
     batch, block : int
     seed : int
+
+    Raises
+    ------
+    TypeError
+        If `batch` or `block` is no integer.
+    ValueError
+        If one is below 1, or no shard has the block + 1 tokens of a window.
     """
 
     def __init__(self, shards, batch, block, *, seed=0):

@@ -33,6 +33,13 @@ class AdamW:
         May be changed between steps.
     betas : (float, float)
     eps, weight_decay : float
+
+    Raises
+    ------
+    TypeError
+        If `params` are no Tensors, or a number is none.
+    ValueError
+        If there are no parameters, one is given twice or was computed by an op, or a number is out of its range.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1):
@@ -250,6 +257,15 @@ class Trainer:
         Each is called as ``callback(step, metrics)`` after every step, with loss, lr, grad_norm, tokens, seconds.
     progress : str or None
         What to write beside the progress bar (tqdm, where it is installed); None shows no bar.
+
+    Raises
+    ------
+    TypeError
+        If `batches` is no iterator, or has no state for the checkpoint, or a number is none.
+    ValueError
+        If `steps` or `max_norm` is below 0, or `accumulate` or `every` below 1.
+    ImportError
+        If there is a checkpoint and safetensors is not installed.
     """
 
     def __init__(self, model, batches, optimizer, steps, *, schedule=None, accumulate=1, max_norm=1.0, checkpoint=None,

@@ -110,7 +110,7 @@ def token_log_probs(logits, targets, *, temperature=1.0, ignore_index=-100):
     Raises
     ------
     TypeError
-        If `logits` is not float32 or float64, or `targets` not of integers.
+        If `logits` is not float32 or float64, `targets` not of integers, or an option no number.
     ValueError
         If a target is out of range (the first is named), the shapes do not fit, or the temperature is not above 0.
     """
@@ -149,7 +149,7 @@ def softmax_entropy(logits, *, temperature=1.0):
     Raises
     ------
     TypeError
-        If `logits` is not float32 or float64.
+        If `logits` is not float32 or float64, or `temperature` no number.
     ValueError
         If `logits` has no axis, or the temperature is not above 0.
     """

@@ -132,7 +132,7 @@ def add_layer_norm_backward(dy, saved):
 def add_layer_norm(x, residual, weight, bias=None, eps=1e-5):
     """``layer_norm(x + residual, weight, bias, eps)`` and the sum itself, in one pass over memory.
 
-    Parameters are those of :func:`layer_norm`; `residual` has the shape and dtype of `x`.
+    Parameters and errors are those of :func:`layer_norm`; `residual` has the shape and dtype of `x`.
 
     Returns
     -------
@@ -164,7 +164,7 @@ def add_rms_norm_backward(dy, saved):
 def add_rms_norm(x, residual, weight, eps=1e-6):
     """``rms_norm(x + residual, weight, eps)`` and the sum itself, in one pass over memory.
 
-    Parameters are those of :func:`rms_norm`; `residual` has the shape and dtype of `x`.
+    Parameters and errors are those of :func:`rms_norm`; `residual` has the shape and dtype of `x`.
 
     Returns
     -------

@@ -47,6 +47,6 @@ def adamw_step(params, grads, m, v, *, lr, betas=(0.9, 0.98), eps=1e-8, weight_d
 def global_norm(arrays):
     """Return the Euclidean norm of all elements of all `arrays` (float32 or float64, any strides) as a float.
 
-    Summed in float64 in an order that the shapes alone give.
+    Summed in float64 in an order that the shapes alone give. TypeError for what is no list of such arrays.
     """
     return _core.global_norm(arrays)

@@ -41,6 +41,8 @@ def gptq(weight, activations, spec, *, damp=0.01, block_size=128, act_order=True
 
     Raises
     ------
+    TypeError
+        If a dtype is wrong, `spec` is no QuantSpec, or an option no number.
     ValueError
         If shapes disagree, something is NaN or infinite, or an option is out of its range.
     """

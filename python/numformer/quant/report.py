@@ -79,6 +79,13 @@ def rtn(weight, spec, activations=None):
     Returns
     -------
     (QuantizedWeight, Report)
+
+    Raises
+    ------
+    TypeError
+        If a dtype is wrong, or `spec` is no QuantSpec.
+    ValueError
+        If shapes disagree, or something is NaN, infinite or beyond the dtype of the scales.
     """
     w, spec = as_weight(weight, "rtn"), as_spec(spec, "rtn")
     x = None if activations is None else as_activations(activations, w.shape[1], "rtn", "activations")

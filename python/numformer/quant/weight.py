@@ -296,7 +296,7 @@ def quantize(weight, spec=QuantSpec()):
     ValueError
         If a weight is NaN or infinite, or a scale is beyond `spec.scale_dtype`.
     TypeError
-        If `weight` is not float32 or float64.
+        If `weight` is not float32 or float64, or `spec` no QuantSpec.
 
     Warns
     -----
