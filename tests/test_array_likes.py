@@ -14,6 +14,8 @@ class WithArray:
 
 
 class WithDLPack:
+    """What has nothing but DLPack."""
+
     def __init__(self, x):
         self.x = x
 

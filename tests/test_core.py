@@ -117,7 +117,7 @@ def test_the_configuration_says_why_a_level_is_not_used():
 
 def test_the_import_brings_nothing_but_numpy():
     code = ("import sys, numpy; before = set(sys.modules); import numformer\n"
-            "heavy = {'torch', 'matplotlib', 'safetensors', 'tokenizers', 'tqdm', 'scipy', 'asyncio'}\n"
+            "heavy = {'torch', 'transformers', 'matplotlib', 'safetensors', 'tokenizers', 'tqdm', 'scipy', 'asyncio'}\n"
             "print(sorted(heavy & (set(sys.modules) - before)))")
     assert run(code) == "[]"
 

@@ -1,3 +1,4 @@
+"""The tape: gradients, what it keeps and lets go, checkpoints, and Tensors beside NumPy."""
 import copy
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 
 import numformer as nf
 from numformer.tensor import Tensor, apply, checkpoint, no_grad
+from tests.test_array_likes import WithDLPack
 
 
 def multiply(a, b):
@@ -257,21 +259,8 @@ def test_a_gradient_of_a_wrong_shape_is_an_error():
         x.backward(np.ones(3))
 
 
-class Exported:
-    """What has nothing but DLPack."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __dlpack__(self, **keywords):
-        return self.x.__dlpack__(**keywords)
-
-    def __dlpack_device__(self):
-        return self.x.__dlpack_device__()
-
-
 @pytest.mark.parametrize("given", [
-    Exported(np.arange(3.0)), np.frombuffer(b"\0" + np.arange(3.0).tobytes(), np.uint8)[1:].view(np.float64),
+    WithDLPack(np.arange(3.0)), np.frombuffer(b"\0" + np.arange(3.0).tobytes(), np.uint8)[1:].view(np.float64),
     np.arange(3.0, dtype=">f8"), np.arange(3), [0, 1, 2], Tensor(np.arange(3.0)), np.arange(3.0)[::-1].copy()[::-1]])
 def test_backward_takes_a_gradient_of_any_layout(given):
     x = leaf(1.0, 2.0, 3.0)

@@ -98,6 +98,9 @@ def test_batches_without_end_need_a_count(tmp_path):
         with pytest.raises(ValueError, match="1 or more, got 0"):
             score(gpt(), endless, count=0)
         assert len(score(gpt(), endless, count=2)) == 3
+
+
+def test_a_model_without_the_parts_to_score_is_refused():
     with pytest.raises(TypeError, match="Linear has no MultiHeadAttention"):
         compress.head_importance(nf.nn.Linear(2, 2, rng=np.random.default_rng(0)), batches())
     with pytest.raises(TypeError, match="Linear has no blocks"):

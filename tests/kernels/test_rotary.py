@@ -123,5 +123,5 @@ def test_bad_inputs_are_named():
         nf.rotary_embedding(x, cos.astype(np.float32), sin)
     with pytest.raises(TypeError, match="float32 or float64"):
         nf.rotary_embedding(x.astype(int), cos, sin)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"x must have shape .* got 0 dimensions"):
         nf.rotary_embedding(np.zeros(()), cos, sin)

@@ -113,11 +113,14 @@ def test_one_parameter_is_taken_as_a_list_of_one_and_what_an_op_made_is_refused(
             train.AdamW([made], 0.1)
 
 
-def test_zero_grad_and_bad_arguments():
+def test_zero_grad_drops_the_gradients():
     x = leaf(3, rng=np.random.default_rng(0))
-    optimizer = train.AdamW([x], 0.1)
-    optimizer.zero_grad()
+    train.AdamW([x], 0.1).zero_grad()
     assert x.grad is None
+
+
+def test_bad_arguments_of_adamw_are_named():
+    x = leaf(3, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match="no parameters"):
         train.AdamW([], 0.1)
     with pytest.raises(TypeError, match=r"params must be Tensors, got tuple; give model.parameters\(\)"):
@@ -142,7 +145,7 @@ def test_zero_grad_and_bad_arguments():
         with pytest.raises(TypeError, match=f"AdamW: {name} must be a real number, got None"):
             train.AdamW([x], **{"lr": 0.1, name: None})
     with pytest.raises(ValueError, match="other parameters"):
-        optimizer.load_state_dict(train.AdamW([leaf(4, rng=np.random.default_rng(0))], 0.1).state_dict())
+        train.AdamW([x], 0.1).load_state_dict(train.AdamW([leaf(4, rng=np.random.default_rng(0))], 0.1).state_dict())
 
 
 @pytest.mark.parametrize(("max_norm", "error"), [(-1, ValueError), (np.nan, ValueError), ("1", TypeError)])
