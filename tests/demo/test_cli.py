@@ -17,11 +17,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return corpus.make(tmp_path_factory.mktemp("source"))
-
-
 def one_line(capsys):
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err

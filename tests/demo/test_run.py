@@ -27,20 +27,6 @@ def read(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_ppo_begins_with_a_kl_of_exactly_0_and_pruned_arrays_are_smaller(whole):
-    done = {line["stage"]: line for line in read(whole[0]) if line.get("done")}
-    assert done["ppo"]["first_kl"] == 0
-    assert done["prune"]["heads"] < done["prune"]["heads_before"]
-    assert done["prune"]["parameters"] < done["prune"]["parameters_before"]
-    sizes = {model["name"]: model["weight_bytes"] for model in done["quantize"]["models"]}
-    assert sizes["int4-gptq"] == sizes["int4-rtn"] < sizes["int8"]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    return corpus.make(tmp_path_factory.mktemp("source"))
-
-
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
     """A run that nothing disturbed: (folder, what it printed)."""
@@ -70,7 +56,7 @@ def test_a_run_leaves_a_report_metrics_and_models_that_open_again(whole):
     folder, out = whole
     assert sorted(p.name for p in folder.iterdir()) == ["data", "metrics.jsonl", "models", "report.html", "run.json",
                                                         "timings.jsonl"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = read(folder)
     keys = [(line["stage"], line.get("step")) for line in lines]
     assert len(set(keys)) == len(keys)
     assert {"reward", *MODELS} == {path.name for path in (folder / "models").iterdir()}
@@ -81,6 +67,15 @@ def test_a_run_leaves_a_report_metrics_and_models_that_open_again(whole):
     assert [line["stage"] for line in lines if line.get("done")] == [stage.name for stage in STAGES]
     for stage in STAGES:
         assert f"\n{stage.title} " in out
+
+
+def test_ppo_begins_with_a_kl_of_exactly_0_and_pruned_arrays_are_smaller(whole):
+    done = {line["stage"]: line for line in read(whole[0]) if line.get("done")}
+    assert done["ppo"]["first_kl"] == 0
+    assert done["prune"]["heads"] < done["prune"]["heads_before"]
+    assert done["prune"]["parameters"] < done["prune"]["parameters_before"]
+    sizes = {model["name"]: model["weight_bytes"] for model in done["quantize"]["models"]}
+    assert sizes["int4-gptq"] == sizes["int4-rtn"] < sizes["int8"]
 
 
 def test_the_report_needs_nothing_from_outside(whole):
