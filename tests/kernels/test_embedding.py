@@ -18,7 +18,8 @@ def test_gathers_rows_and_adds_their_gradients(width, dtype):
     for t, d in zip(ids.ravel(), dy.reshape(36, width)):
         want[t] += d
     assert (embedding_backward(dy, saved)[1] == want).all()     # to the last bit: the order is the ids' own
-    assert (embedding_backward(np.broadcast_to(dy[:1, :1], dy.shape), saved)[1] > -np.inf).all()
+    one = np.broadcast_to(dy[:1, :1], dy.shape)
+    assert (embedding_backward(one, saved)[1] == embedding_backward(one.copy(), saved)[1]).all()
 
 
 def test_gradients_match_finite_differences():

@@ -179,5 +179,5 @@ def test_sequences_that_are_no_integers_are_named(row):
 
 def test_vocabulary_is_checked():
     model = rlhf.RewardModel.from_gpt(gpt(), rng=np.random.default_rng(1))
-    with pytest.raises(ValueError, match=str(VOCAB)):
+    with pytest.raises(ValueError, match=rf"ids must be within 0 \.\. {VOCAB - 1}, got {VOCAB}"):
         model.score([[VOCAB]])

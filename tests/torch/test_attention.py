@@ -198,7 +198,7 @@ def test_a_float32_mask_serves_every_dtype():
         mask = torch.randn(9, 9, requires_grad=True)
         leaves = tensors(SQUARE, dtype)
         nft.scaled_dot_product_attention(*leaves, mask).sum().backward()
-        assert mask.grad.dtype == torch.float32 and mask.grad.abs().max() >= 0
+        assert mask.grad.dtype == torch.float32 and mask.grad.isfinite().all() and mask.grad.any()
 
 
 @pytest.mark.parametrize(("change", "error", "match"), [
