@@ -35,6 +35,7 @@
 
 #define NF_INLINE static inline __attribute__((always_inline))
 #define NF_UNROLL _Pragma("GCC unroll 16")
+#define NF_ROLLED _Pragma("GCC unroll 1")
 /* From here on the compiler knows nothing of the pointer p, so keeps it in a register. */
 #define NF_POINTER(p) __asm__("" : "+r"(p))
 /* What was loaded before is not remembered behind it. */
