@@ -14,8 +14,9 @@ nf_isa nf_cpu_isa(void);
 nf_isa nf_isa_of_name(const char *name);
 
 /* Whether a prefetch is dropped that finds all buffers for lines on the way taken, as AMD's
-   processors do, where Intel's let it wait. Then what a kernel asks for early it asks for again,
-   nearer to its use, and into L2 only, which has more buffers. */
+   processors do, where Intel's let it wait. Then what a kernel that waits for memory asks for early it
+   asks for again, nearer to its use, and into L2 only, which has more buffers. One that waits for
+   its products asks into L1: what came into L2 alone is soon driven out there. */
 extern int nf_drops_prefetches;
 
 /* From here on to nf_denormals_as_before, which takes what this returns, results of this thread
