@@ -158,7 +158,7 @@ nf_parallel(size_t count, double cost, size_t scratch_bytes, nf_task task, void 
 }
 
 nf_status
-nf_parallel_apart(size_t count, double cost, nf_task task, void *work)
+nf_parallel_apart(size_t count, double cost, size_t scratch_bytes, nf_task task, void *work)
 {
-    return run(count, cost, 0, task, work, 1);
+    return run(count, cost, scratch_bytes, task, work, 1);
 }

@@ -21,7 +21,8 @@ nf_status nf_parallel(size_t count, double cost, size_t scratch_bytes, nf_task t
 
 /* The same, but each thread begins with a share of its own, the same at every call of so many
    tasks: what it wrote then it finds in its own cache. In no order. */
-nf_status nf_parallel_apart(size_t count, double cost, nf_task task, void *work);
+nf_status nf_parallel_apart(size_t count, double cost, size_t scratch_bytes, nf_task task,
+                            void *work);
 
 /* Threads that nf_parallel uses: what was set, or else what OpenMP says (OMP_NUM_THREADS,
    threadpoolctl). In a forked child it is 1, since OpenMP's threads do not survive there. */

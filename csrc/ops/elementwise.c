@@ -38,7 +38,7 @@ nf_elementwise(nf_elementwise_kernel *kernel, int inputs, size_t itemsize,
 {
     elementwise_work w = {kernel, inputs, itemsize, in, out, n};
     /* About a cycle an element from cache. */
-    return nf_parallel_apart(nf_parts(n, CHUNK), (double)n, run_chunk, &w);
+    return nf_parallel_apart(nf_parts(n, CHUNK), (double)n, 0, run_chunk, &w);
 }
 
 typedef struct {
@@ -114,7 +114,7 @@ nf_elementwise_rows(nf_elementwise_kernel *kernel, nf_elementwise_pair_kernel *p
         w.tasks_across = nf_parts(columns, CHUNK);
     }
     const size_t down = nf_parts(rows, w.rows_of_task);
-    return nf_parallel_apart(down * w.tasks_across, (double)rows * (double)columns,
+    return nf_parallel_apart(down * w.tasks_across, (double)rows * (double)columns, 0,
                              run_rows, &w);
 }
 
@@ -161,7 +161,7 @@ nf_sum_rows(nf_add_row_kernel *add, size_t itemsize, nf_rows x, size_t rows, siz
     }
     sum_work w = {add, itemsize, x, rows, columns, sums};
     const nf_status status =
-        nf_parallel_apart(blocks, (double)rows * (double)columns, sum_block, &w);
+        nf_parallel_apart(blocks, (double)rows * (double)columns, 0, sum_block, &w);
     if (blocks > 1) {
         /* Sums of 64 sums, until one is left: the error grows with their number's logarithm. */
         nf_status above = status;
@@ -209,5 +209,5 @@ nf_dropout(nf_dropout_kernel *kernel, size_t itemsize, const void *x, void *y, s
         return NF_OK;
     }
     dropout_work w = {kernel, itemsize, x, y, n, key, (uint32_t)(p * 0x1p32), 1 / (1 - p)};
-    return nf_parallel_apart(nf_parts(n, CHUNK), 3 * (double)n, run_dropout, &w);
+    return nf_parallel_apart(nf_parts(n, CHUNK), 3 * (double)n, 0, run_dropout, &w);
 }

@@ -93,7 +93,11 @@ multiply(size_t index, void *pointer, void *scratch)
     const nf_gemm_kernels *const kernels = w->kernels;
     const piece *const c = piece_of(w, index, 0);
     const size_t task = index - c->first, n = c->n1 - c->n0;
-    const size_t row = task % c->row_parts, column = task / c->row_parts;
+    /* The rows come in two halves: each of two threads keeps to one. */
+    const size_t rows = c->row_parts > 1 ? c->row_parts / EVEN : 1;
+    const size_t half = task / (rows * c->column_parts);
+    const size_t row = half * rows + task % rows;
+    const size_t column = task / rows % c->column_parts;
     const size_t n0 = c->n0 + boundary(n, kernels->columns, column, c->column_parts);
     const size_t n1 = c->n0 + boundary(n, kernels->columns, column + 1, c->column_parts);
     if (c->few) {
@@ -202,7 +206,8 @@ run_wave(const nf_gemm_kernels *kernels, piece *pieces, size_t count)
         scratch = c->few ? scratch : kernels->scratch;
     }
     if (packs == 0) {
-        return nf_parallel(tasks, cost, scratch, multiply, &w);
+        return scratch > 0 ? nf_parallel_apart(tasks, cost, scratch, multiply, &w)
+                           : nf_parallel(tasks, cost, 0, multiply, &w);
     }
     char *const packed = nf_pool_allocate(bytes);
     if (packed == NULL) {
@@ -218,9 +223,9 @@ run_wave(const nf_gemm_kernels *kernels, piece *pieces, size_t count)
         }
         at += packed_bytes(kernels, pieces[i].p, pieces[i].n1 - pieces[i].n0);
     }
-    nf_status status = nf_parallel(packs, (double)bytes / 4, 0, pack, &w);
+    nf_status status = nf_parallel_apart(packs, (double)bytes / 4, 0, pack, &w);
     if (status == NF_OK) {
-        status = nf_parallel(tasks, cost, scratch, multiply, &w);
+        status = nf_parallel_apart(tasks, cost, scratch, multiply, &w);
     }
     nf_pool_free(packed);
     return status;

@@ -97,7 +97,7 @@ nf_adamw_step(const nf_parameter *parameters, size_t count, const nf_adamw_optio
     };
     const size_t tasks = number_tasks(parameters, count, first);
     const nf_status status =
-        nf_parallel_apart(tasks, 4 * elements(parameters, count), step_chunk, &w);
+        nf_parallel_apart(tasks, 4 * elements(parameters, count), 0, step_chunk, &w);
     nf_pool_free(first);
     return status;
 }
@@ -126,7 +126,7 @@ nf_global_norm(const nf_parameter *parameters, size_t count, double *norm)
     w.squares = nf_pool_allocate(tasks * sizeof *w.squares);
     nf_status status = NF_NO_MEMORY;
     if (w.squares != NULL) {
-        status = nf_parallel_apart(tasks, elements(parameters, count), square_chunk, &w);
+        status = nf_parallel_apart(tasks, elements(parameters, count), 0, square_chunk, &w);
         double sum = 0;
         for (size_t i = 0; i < tasks; i++) {
             sum += w.squares[i];

@@ -26,7 +26,7 @@ static nf_status
 run_blocks(nf_row_kernel *kernel, const void *args, size_t rows, size_t block, double cost)
 {
     row_work w = {kernel, args, rows, block};
-    return nf_parallel_apart(nf_parts(rows, block), cost, run_block, &w);
+    return nf_parallel_apart(nf_parts(rows, block), cost, 0, run_block, &w);
 }
 
 nf_status
