@@ -20,7 +20,7 @@ nf_status nf_parallel(size_t count, double cost, size_t scratch_bytes, nf_task t
                       void *work);
 
 /* The same, but each thread begins with a share of its own, the same at every call of so many
-   tasks: what it wrote then it finds in its own cache. In no order. */
+   tasks: what it read and wrote then it finds in its own cache. In no order. */
 nf_status nf_parallel_apart(size_t count, double cost, size_t scratch_bytes, nf_task task,
                             void *work);
 

@@ -30,7 +30,7 @@ run(nf_attention_task *task, const nf_attention *p, ptrdiff_t count, double cost
     size_t scratch)
 {
     attention_work w = {task, p};
-    return nf_parallel((size_t)count, cost, scratch, run_task, &w);
+    return nf_parallel_apart((size_t)count, cost, scratch, run_task, &w);
 }
 
 static ptrdiff_t
@@ -158,8 +158,10 @@ nf_attention_backward(const nf_attention_kernels *kernels, const nf_attention *s
         return NF_NO_MEMORY;
     }
     kernels->backward_begin(&p);
-    status = run(kernels->backward, &p, kernels->backward_tasks(&p), 2.5 * cycles(&p),
-                 kernels->backward_scratch(&p));
+    attention_work w = {kernels->backward, &p};
+    /* In order: a task may wait for one that comes before it. */
+    status = nf_parallel((size_t)kernels->backward_tasks(&p), 2.5 * cycles(&p),
+                         kernels->backward_scratch(&p), run_task, &w);
     nf_pool_free(p.workspace);
     nf_pool_free(blocks);
     return status;

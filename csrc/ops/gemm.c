@@ -206,8 +206,7 @@ run_wave(const nf_gemm_kernels *kernels, piece *pieces, size_t count)
         scratch = c->few ? scratch : kernels->scratch;
     }
     if (packs == 0) {
-        return scratch > 0 ? nf_parallel_apart(tasks, cost, scratch, multiply, &w)
-                           : nf_parallel(tasks, cost, 0, multiply, &w);
+        return nf_parallel_apart(tasks, cost, scratch, multiply, &w);
     }
     char *const packed = nf_pool_allocate(bytes);
     if (packed == NULL) {

@@ -26,7 +26,7 @@ over_tokens(moe_work *w, size_t bytes, double cost, size_t scratch, nf_task task
 {
     w->tokens_of_task = TASK_BYTES / (bytes + 1) + 1;
     const size_t tasks = nf_parts(w->tokens, w->tokens_of_task);
-    return nf_parallel(tasks, cost * (double)w->tokens, scratch, task, w);
+    return nf_parallel_apart(tasks, cost * (double)w->tokens, scratch, task, w);
 }
 
 #define FOR_TOKENS(w, t)                                                                   \

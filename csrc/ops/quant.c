@@ -123,7 +123,8 @@ pack(nf_quant_weights *w, const uint8_t *u, uint8_t flip, uint8_t *out)
 {
     pack_work job = {.w = w, .out = out, .u = u, .flip = flip};
     w->u = out;
-    return nf_parallel(w->panels, (double)w->n * (double)w->k / 4, 0, pack_task, &job);
+    return nf_parallel_apart(w->panels, (double)w->n * (double)w->k / 4, 0, pack_task,
+                             &job);
 }
 
 /* (N, groups) of `size` bytes each to (panels, groups, PANEL) of `to_size`, zero-extended. */
@@ -358,15 +359,16 @@ multiply_integers(product *p)
     p->x.rows = rows;
     p->x.scale = (float *)(block + rows * p->x.pitch);
     p->x.minus = (int32_t *)(p->x.scale + rows);
-    nf_status status = nf_parallel(nf_parts(rows, ROWS_OF_TASK),
-                                   (double)rows * (double)w->k / 2, 0, quantize_rows, p);
+    nf_status status = nf_parallel_apart(
+        nf_parts(rows, ROWS_OF_TASK), (double)rows * (double)w->k / 2, 0, quantize_rows, p);
     if (status == NF_OK) {
         cut_product(p);
-        status = p->pack == NULL
-                     ? nf_parallel(p->runs * p->strips, cycles(p), 0, multiply_task, p)
-                     : nf_parallel(p->strips, cycles(p),
-                                   nf_parts(w->panels, p->strips) * panel_bytes(w),
-                                   pack_and_multiply_task, p);
+        status =
+            p->pack == NULL
+                ? nf_parallel_apart(p->runs * p->strips, cycles(p), 0, multiply_task, p)
+                : nf_parallel_apart(p->strips, cycles(p),
+                                    nf_parts(w->panels, p->strips) * panel_bytes(w),
+                                    pack_and_multiply_task, p);
     }
     nf_pool_free(block);
     return status;
@@ -391,8 +393,8 @@ nf_quant_linear_floats(const nf_quant_weights *w, const float *x, size_t rows,
         return NF_OK;
     }
     cut_product(&p);
-    return nf_parallel(p.runs * p.strips, cycles(&p),
-                       FLOAT_DEPTH * NF_QUANT_PANEL * sizeof(float), float_task, &p);
+    return nf_parallel_apart(p.runs * p.strips, cycles(&p),
+                             FLOAT_DEPTH * NF_QUANT_PANEL * sizeof(float), float_task, &p);
 }
 
 nf_status
