@@ -92,7 +92,7 @@ roof_read(PyObject *module, PyObject *const *args, Py_ssize_t count)
     const size_t pieces = (size_t)PyArray_NBYTES(x) / PIECE;
     roof_work w = {.from = PyArray_DATA(x), .ahead = ahead};
     Py_BEGIN_ALLOW_THREADS;
-    (void)nf_parallel(pieces, ALL_THREADS, 0, run_read, &w);
+    (void)nf_parallel_apart(pieces, ALL_THREADS, 0, run_read, &w);
     Py_END_ALLOW_THREADS;
     Py_DECREF(x);
     return PyFloat_FromDouble((double)pieces * PIECE);
@@ -118,7 +118,7 @@ roof_copy(PyObject *module, PyObject *const *args, Py_ssize_t count)
     const size_t pieces = (size_t)PyArray_NBYTES(x) / PIECE;
     roof_work w = {.from = PyArray_DATA(x), .to = PyArray_DATA(out)};
     Py_BEGIN_ALLOW_THREADS;
-    (void)nf_parallel(pieces, ALL_THREADS, 0, run_copy, &w);
+    (void)nf_parallel_apart(pieces, ALL_THREADS, 0, run_copy, &w);
     Py_END_ALLOW_THREADS;
     return PyFloat_FromDouble(2.0 * (double)pieces * PIECE);
 }
