@@ -1,11 +1,12 @@
 /* The plan of matrix products: a list of them is cut into tasks, which run on threads.
 
    A product of many rows has its B, unless it is little, packed first, by all threads, each panel
-   once; then a task is a block of rows, which packs its own A and goes through all panels as they
-   stream in from L3. A product whose rows are one block is cut by columns, and each task packs the
-   panels it needs, in L2; of a little more rows, and many columns, A is packed first, so that B,
-   the larger by far, need not go to memory and back. Few rows pack nothing. All products of a list
-   share these two passes. The tasks are the same for every number of threads. */
+   once; then a task is a block of rows, which packs its own A, or reads it where it lies, and goes
+   through all panels as they stream in from L3. A product whose rows are one block is cut by
+   columns, and each task packs the panels it needs, in L2; of a little more rows, and many columns,
+   A is packed first, so that B, the larger by far, need not go to memory and back. Few rows pack
+   nothing. All products of a list share these two passes. The tasks are the same for every number
+   of threads. */
 #include "ops/gemm.h"
 
 #include "core/pool.h"

@@ -211,6 +211,8 @@ def test_packed_attention_is_attention_on_its_views(kv_heads):
     assert (x.grad == np.concatenate(join, axis=2).reshape(qkv.shape)).all()
     with pytest.raises(ValueError, match="qkv must have shape"):
         packed_attention(qkv[..., :-1], heads, kv_heads)
+    with pytest.raises(ValueError, match="packed_attention: qkv must have shape"):
+        packed_attention([[1.0]], heads, kv_heads)
 
 
 def test_packed_attention_turns_queries_and_keys_as_rotary_embedding_does():

@@ -152,9 +152,11 @@ def test_a_cache_in_blocks_takes_the_other_keywords_too(queries):
     got = nf.paged_attention(q, key_cache, value_cache, table, lengths, kv_lengths=fewer,
                              rng=np.random.default_rng(3), **same)
     assert (got == sdpa(q, k, v, kv_lengths=fewer, rng=np.random.default_rng(3), **same)).all()
-    for wrong in ([170, 101, 0], [170, 100]):
-        with pytest.raises(ValueError, match="paged_attention: kv_lengths must be at most cache_seqlens"):
+    for wrong in ([170, 101, 0], [170, 100], [170, -1, 0]):
+        with pytest.raises(ValueError, match="paged_attention: kv_lengths must be between 0 and cache_seqlens"):
             nf.paged_attention(q, key_cache, value_cache, table, lengths, kv_lengths=wrong)
+    with pytest.raises(TypeError, match="paged_attention: kv_lengths must be integers"):
+        nf.paged_attention(q, key_cache, value_cache, table, lengths, kv_lengths=[1.5, 2.0, 3.0])
     with pytest.raises(TypeError, match="paged_attention: rng must be a"):
         nf.paged_attention(q, key_cache, value_cache, table, lengths, dropout_p=0.4)
 

@@ -348,6 +348,7 @@ def packed_attention_forward(qkv, num_heads, num_kv_heads=None, is_causal=False,
                              window_size=(-1, -1), alibi_slopes=None):
     """Return ``(out, saved)``; `saved` is what :func:`packed_attention_backward` needs."""
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    qkv = as_array(qkv, "packed_attention", "qkv")
     if qkv.ndim != 3 or num_kv_heads < 1 or num_heads < 1 or qkv.shape[2] % (num_heads + 2 * num_kv_heads):
         raise ValueError(f"packed_attention: qkv must have shape (B, S, (H + 2 Hkv) D) with H = {num_heads} and "
                          f"Hkv = {num_kv_heads}, got {qkv.shape}")

@@ -117,8 +117,10 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
 def _shorter(kv_lengths, cache_seqlens):
     """`kv_lengths`, where none is longer than its sequence in the cache."""
     kv_lengths, most = as_arrays("paged_attention", kv_lengths=kv_lengths, cache_seqlens=cache_seqlens)
-    if kv_lengths.shape != most.shape or (kv_lengths > most).any():
-        raise ValueError(f"paged_attention: kv_lengths must be at most cache_seqlens, {most}, got {kv_lengths}")
+    if kv_lengths.dtype.kind not in "iu":
+        raise TypeError(f"paged_attention: kv_lengths must be integers, got {kv_lengths.dtype}")
+    if kv_lengths.shape != most.shape or (kv_lengths < 0).any() or (kv_lengths > most).any():
+        raise ValueError(f"paged_attention: kv_lengths must be between 0 and cache_seqlens, {most}, got {kv_lengths}")
     return kv_lengths
 
 
