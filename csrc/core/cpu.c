@@ -2,16 +2,32 @@
 
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 const char *const nf_isa_names[NF_ISA_COUNT] = {"baseline", "avx2", "avx512", "avx512vnni"};
 
-int nf_drops_prefetches;
+nf_ask_kind nf_asks;
 
 #if defined(__x86_64__) && !defined(NF_EMULATE)
+#define ZEN_5 0x1a
+
+static unsigned
+family(void)
+{
+    unsigned a, b, c, d;
+    __cpuid(1, a, b, c, d);
+    return (a >> 8 & 0xf) + (a >> 20 & 0xff);
+}
+
 __attribute__((constructor)) static void
-know_maker(void)
+know_asks(void)
 {
     __builtin_cpu_init();
-    nf_drops_prefetches = __builtin_cpu_is("amd");
+    if (__builtin_cpu_is("amd")) {
+        nf_asks = family() < ZEN_5 ? NF_DROPS : NF_FORESEES;
+    }
 }
 #endif
 
