@@ -38,7 +38,8 @@ def table():
 
 
 def machine_of(where):
-    return (f"- {kind_of(where)}: {where['processor']}, {where['threads']} threads, NumPy {where['numpy']}, "
+    family = f", family {where['family']}" if where["family"] is not None else ""
+    return (f"- {kind_of(where)}: {where['processor']}{family}, {where['threads']} threads, NumPy {where['numpy']}, "
             f"torch {where['torch']}")
 
 

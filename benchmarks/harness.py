@@ -77,12 +77,13 @@ def seconds(function, repeats=1):
 
 def machine():
     """What the figures were measured on."""
-    model = platform.processor() or platform.machine()
+    facts = {}
     if os.path.exists("/proc/cpuinfo"):
-        lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = lines[0].split(":", 1)[1].strip() if lines else model
-    return {"processor": model, "cores": os.cpu_count(), "isa": _core.get_isa(), "threads": THREADS,
-            "python": platform.python_version(), "numpy": np.__version__,
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        facts = {name.strip(): fact.strip() for name, _, fact in (line.partition(":") for line in lines)}
+    model, family = facts.get("model name", platform.processor() or platform.machine()), facts.get("cpu family")
+    return {"processor": model, "family": family and int(family), "cores": os.cpu_count(), "isa": _core.get_isa(),
+            "threads": THREADS, "python": platform.python_version(), "numpy": np.__version__,
             "torch": torch.__version__ if torch else None}
 
 

@@ -1,4 +1,4 @@
-"""How rates are written: 54.3 GFLOP/s, 1.69 G elements/s, 2,232 tokens/s; and kinds of machines: avx2-amd."""
+"""How rates are written: 54.3 GFLOP/s, 1.69 G elements/s, 2,232 tokens/s; and kinds of machines: avx2-amd-25."""
 import re
 
 SYMBOLS = ("FLOP", "OP", "B")       # operations on floats and on integers, bytes: their prefix has no space behind
@@ -13,5 +13,6 @@ def amount(rate, unit):
 
 
 def kind_of(machine):
-    """The kind of a machine as results describe it: its level of instructions and its processor's maker."""
-    return f"{machine['isa']}-{re.match('[A-Za-z0-9]+', machine['processor'])[0].lower()}"
+    """The kind of a machine as results describe it: level of instructions, its processor's maker and family."""
+    maker = re.match("[A-Za-z0-9]+", machine["processor"])[0].lower()
+    return "-".join(str(part) for part in (machine["isa"], maker, machine["family"]) if part is not None)
