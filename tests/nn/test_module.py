@@ -1,3 +1,4 @@
+import collections
 import copy
 
 import numpy as np
@@ -117,6 +118,21 @@ def test_as_arrays_shares_memory_and_leaves_the_module_alone():
     twin = model.as_arrays()
     assert type(twin.first.weight) is np.ndarray and twin.rest[0].weight is model.rest[0].weight.data
     assert not twin.drop.training and model.drop.training and len(model.parameters()) == 4
+
+
+@pytest.mark.parametrize("hold", [
+    lambda parts: collections.OrderedDict(enumerate(parts)), lambda parts: collections.namedtuple("Two", "a b")(*parts),
+    type("Stack", (list,), {})])
+def test_twins_have_parts_of_their_own_in_containers_of_any_class(hold):
+    rng = np.random.default_rng(0)
+    model = nn.Module()
+    model.parts = hold([nn.Linear(2, 3, rng=rng), nn.Dropout(0.5, rng=rng)])
+    model.seen = collections.Counter("aab")
+    twins = model.as_arrays(), model.shared().eval()
+    assert all(part.training for part in model.modules())
+    assert all(type(twin.parts) is type(model.parts) and not any(p.training for p in twin.modules()) for twin in twins)
+    assert not twins[0].parameters() and twins[1].parameters() == model.parameters()
+    assert all(twin.seen == model.seen and twin.seen is not model.seen for twin in twins)
 
 
 def test_xavier_uniform_fills_its_bound():

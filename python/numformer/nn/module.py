@@ -6,6 +6,7 @@ attribute, or in a list there, is no parameter (nothing trains it), but saved wi
 ndarrays of constants, generators) belongs to the module alone and is not saved.
 """
 import copy
+import operator
 
 import numpy as np
 
@@ -176,10 +177,14 @@ def _copied(value, leaf):
             if isinstance(attribute, (Tensor, Module, list, tuple, dict)):
                 setattr(twin, name, _copied(attribute, leaf))
         return twin
-    if type(value) in (list, tuple):
-        return type(value)([_copied(item, leaf) for item in value])
-    if type(value) is dict:
-        return {key: _copied(item, leaf) for key, item in value.items()}
+    if isinstance(value, (list, dict)):
+        twin = copy.copy(value)         # of its own class
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            twin[key] = _copied(item, leaf)
+        return twin
+    if isinstance(value, tuple):
+        items = [_copied(item, leaf) for item in value]
+        return value if all(map(operator.is_, items, value)) else getattr(value, "_make", type(value))(items)
     return value
 
 
