@@ -91,6 +91,16 @@ def test_a_state_dict_goes_back():
             c.load_state_dict(wrong)
 
 
+def test_parameters_change_places_by_their_own_state_dict():
+    model = nn.Module()
+    model.layers = [nn.Linear(3, 3, rng=np.random.default_rng(seed)) for seed in range(3)]
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    moved = {name: f"layers.{2 - int(name[7])}{name[8:]}" for name in before}
+    model.load_state_dict({moved[name]: array for name, array in model.state_dict().items()})
+    for name, array in before.items():
+        np.testing.assert_array_equal(model.state_dict()[moved[name]], array)
+
+
 def test_what_does_not_fit_is_named_and_nothing_is_changed():
     model, before = pair(), {n: a.copy() for n, a in pair().state_dict().items()}
     arrays = pair(1).state_dict()

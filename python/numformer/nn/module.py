@@ -134,6 +134,10 @@ class Module:
         self.set_quantized({name: QuantizedWeight.from_arrays({part: arrays[f"{name}.{part}"]
                                                                for part in weight.arrays()}, weight.spec)
                             for name, weight in self.named_quantized()})
+        names = {id(parameter.data): name for name, parameter in own.items()}
+        for name in own:
+            if names.get(id(arrays[name]), name) != name:       # another parameter's, which may be written to first
+                arrays[name] = arrays[name].copy()
         for name, parameter in own.items():
             np.copyto(parameter.data, arrays[name], casting="same_kind")
 
