@@ -10,6 +10,7 @@ import numpy as np
 
 from numformer.files import state_bytes
 from numformer.models.pretrained import need_safetensors, read_safetensors, write_safetensors
+from numformer.nn.module import held
 from numformer.ops.arguments import as_integer, as_number, need_sizes
 from numformer.ops.optimizer import adamw_step, global_norm
 from numformer.tensor import Tensor
@@ -285,8 +286,8 @@ class Trainer:
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.every, self.callbacks, self.progress = every, list(callbacks), progress
         self.done = 0
-        self.generators = list({id(value): value for module in model.modules() for value in vars(module).values()
-                                if isinstance(value, np.random.Generator)}.values())
+        self.generators = list({id(item): item for module in model.modules() for _, item in held("", vars(module))
+                                if isinstance(item, np.random.Generator)}.values())
 
     def run(self):
         """Train up to ``steps``; return the metrics of the last step (none: an empty dict)."""

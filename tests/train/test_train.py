@@ -338,6 +338,24 @@ def test_any_generator_and_numbers_of_numpy_go_into_a_checkpoint(tmp_path, gener
     assert again.rng.random() == straight.rng.random()
 
 
+@pytest.mark.parametrize("hold", [lambda rng: [rng], lambda rng: {"noise": (rng,)}])
+def test_generators_in_lists_and_dicts_go_into_a_checkpoint(tmp_path, hold):
+    pytest.importorskip("safetensors")
+
+    def run(steps, **options):
+        loop = trainer(tmp_path, **options)
+        model = loop.model
+        noise, model.rngs = model.rng, hold(model.rng)
+        model.rng = type("Drawn", (), {"standard_normal": noise.standard_normal})()     # no generator
+        again = train.Trainer(model, loop.batches, loop.optimizer, steps, every=3, **options)
+        again.run()
+        return model.weight.data
+
+    straight = run(12)
+    run(6, checkpoint=tmp_path / "run.safetensors")
+    np.testing.assert_array_equal(run(12, checkpoint=tmp_path / "run.safetensors"), straight)
+
+
 @pytest.mark.parametrize("options", [{"accumulate": 0}, {"every": 0}])
 def test_a_loop_of_no_batches_is_refused(options):
     with pytest.raises(ValueError, match=r"Trainer: (accumulate|every) must be 1 or more, got 0"):

@@ -36,7 +36,7 @@ class Module:
     def named_quantized(self):
         """Yield (name, QuantizedWeight), names as ``"blocks.0.attention.qkv"`` or ``"blocks.0.mlp.up.3"`` in a list."""
         for name, value in vars(self).items():
-            for key, item in _held(name, value):
+            for key, item in held(name, value):
                 if type(item) is QuantizedWeight:
                     yield key, item
         for name, part in self._parts():
@@ -89,13 +89,13 @@ class Module:
 
     def _parts(self):
         for name, value in vars(self).items():
-            for key, item in _held(name, value):
+            for key, item in held(name, value):
                 if isinstance(item, Module):
                     yield key, item
 
     def _walk(self, prefix):
         for name, value in vars(self).items():
-            for key, item in _held(name, value):
+            for key, item in held(name, value):
                 if _is_parameter(item):
                     yield prefix + key, item
         for name, part in self._parts():
@@ -192,10 +192,10 @@ def _copied(value, leaf):
     return value
 
 
-def _held(name, value):
+def held(name, value):
     """(name, item) of what an attribute holds: itself, or what is in its lists, tuples and dicts."""
     if not isinstance(value, (list, tuple, dict)):
         yield name, value
         return
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-        yield from _held(f"{name}.{key}", item)
+        yield from held(f"{name}.{key}", item)
