@@ -114,6 +114,8 @@ class Batches:
         If one is below 1, or no shard has the block + 1 tokens of a window.
     """
 
+    endless = True      # a list of all of them has no end
+
     def __init__(self, shards, batch, block, *, seed=0):
         self.shards = shards if isinstance(shards, TokenShards) else TokenShards(shards)
         need_sizes("Batches", batch=batch, block=block)

@@ -87,12 +87,15 @@ def test_layer_importance_is_one_minus_the_mean_cosine_over_tokens():
     np.testing.assert_allclose(compress.layer_importance(model, data), 1 - np.mean(cosines, axis=1), atol=1e-6)
 
 
-def test_batches_without_end_need_a_count(tmp_path):
+def test_batches_without_end_need_a_count(tmp_path, monkeypatch):
     nf.data.write_shard(tmp_path / "a.npy", np.arange(40).repeat(4))
     endless = nf.data.Batches(tmp_path, 2, 8)
+    examples = nf.rlhf.CompletionBatches([([1, 2], [3])], 2)
+    monkeypatch.setattr(examples, "collate", lambda _: pytest.fail("a batch was taken"))
     for score in (compress.head_importance, compress.layer_importance):
-        with pytest.raises(ValueError, match="never end; say how many"):
-            score(gpt(), endless)
+        for without_end in (endless, examples):
+            with pytest.raises(ValueError, match="never end; say how many"):
+                score(gpt(), without_end)
         with pytest.raises(ValueError, match="no batch"):
             score(gpt(), [])
         with pytest.raises(ValueError, match="1 or more, got 0"):

@@ -10,7 +10,6 @@ import itertools
 
 import numpy as np
 
-import numformer as nf
 from numformer.nn import MultiHeadAttention
 from numformer.tensor import Tensor
 
@@ -19,7 +18,7 @@ __all__ = ["head_importance", "layer_importance", "take"]
 
 def take(batches, count, op):
     """The batches as a list: the first `count`, or all of what has an end."""
-    if count is None and isinstance(batches, nf.data.Batches):
+    if count is None and getattr(batches, "endless", False):
         raise ValueError(f"{op}: these batches never end; say how many to take with count=")
     if count is not None and count < 1:
         raise ValueError(f"{op}: count must be 1 or more, got {count}")

@@ -20,6 +20,8 @@ class _Examples:
     batches, and these are shuffled. `seed` and the epoch's number alone decide it.
     """
 
+    endless = True      # a list of all of them has no end
+
     def __init__(self, pairs, batch, *, seed=0, stretch=8):
         name = type(self).__name__
         need_sizes(name, batch=batch, stretch=stretch)
