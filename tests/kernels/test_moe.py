@@ -187,6 +187,15 @@ def test_experts_choose_their_tokens():
     check_gradients(value, logits, atol=1e-9)
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_experts_take_a_token_that_is_not_finite_last_but_never_padding(wrong):
+    logits = np.array([[1.0, 2], [wrong, 0], [0, 1], [5, 1]])
+    mask = np.array([True, True, False, True])
+    for capacity, taken in ((2, [True, False, False, True]), (3, mask), (4, mask)):
+        index = moe.route_expert_choice(logits, capacity, token_mask=mask).expert_index
+        np.testing.assert_array_equal(index, np.where(np.array(taken)[:, None], [0, 1], -1))
+
+
 def experts(e, inner, d, dtype=np.float64):
     return normal(e, 2 * inner, d, dtype=dtype) / dtype(d**0.5), normal(e, d, inner, dtype=dtype) / dtype(inner**0.5)
 

@@ -182,9 +182,9 @@ def route_expert_choice_forward(logits, capacity, *, token_mask=None, parts=None
     token_mask = _token_mask(token_mask, op)
     _check_mask(token_mask, tokens, op)
     _, probabilities, _, _ = _core.moe_route(logits, *options, None, token_mask, None)
-    wish = probabilities.copy()
+    wish = np.nan_to_num(probabilities, nan=-1)
     if token_mask is not None:
-        wish[~token_mask] = -1
+        wish[~token_mask] = -2
         capacity = min(capacity, int(np.count_nonzero(token_mask)))
     taken = np.argsort(-wish, axis=0, kind="stable")[:capacity]
     expert_index = np.full((tokens, experts), -1, np.int64)
@@ -222,7 +222,8 @@ def route_expert_choice(logits, capacity, *, token_mask=None):
     Returns
     -------
     Routing
-        Ties go to the earliest token. The weights are the probabilities, not normalized.
+        Ties go to the earliest token, and a token with a logit of NaN or +inf comes last. The weights are the
+        probabilities, not normalized.
 
     Raises
     ------
