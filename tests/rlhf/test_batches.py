@@ -46,6 +46,15 @@ def test_sorted_batches_hold_less_padding():
 
 
 @pytest.mark.parametrize("kind", [rlhf.CompletionBatches, rlhf.PairBatches])
+def test_pairs_may_come_from_anything_to_go_through(kind):
+    batches = kind(zip(prompts(5), prompts(5)), 2)
+    assert batches.state() == kind(list(zip(prompts(5), prompts(5))), 2).state() and len(next(batches)[0]) == 2
+    assert len(kind(np.ones((3, 2, 4), int), 2).examples) == 3
+    with pytest.raises(ValueError, match=f"{kind.__name__}: there are no examples"):
+        kind(iter([]), 2)
+
+
+@pytest.mark.parametrize("kind", [rlhf.CompletionBatches, rlhf.PairBatches])
 def test_the_order_is_the_seeds_and_resumes_in_the_middle_of_an_epoch(kind):
     one, other = kind(pairs(), 4, seed=3), kind(pairs(), 4, seed=3)
     for _ in range(8):                      # a batch ends one epoch and begins the next

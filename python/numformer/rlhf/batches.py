@@ -25,6 +25,7 @@ class _Examples:
     def __init__(self, pairs, batch, *, seed=0, stretch=8):
         name = type(self).__name__
         need_sizes(name, batch=batch, stretch=stretch)
+        pairs = list(pairs)
         if not pairs:
             raise ValueError(f"{name}: there are no examples")
         for i, parts in enumerate(pairs):
@@ -85,7 +86,7 @@ class CompletionBatches(_Examples):
 
     Parameters
     ----------
-    pairs : sequence of (prompt ids, completion ids)
+    pairs : iterable of (prompt ids, completion ids)
         With the end-of-text token in the completion, where it is to be learned.
     batch : int
     seed : int
@@ -111,7 +112,7 @@ class PairBatches(_Examples):
 
     Parameters
     ----------
-    pairs : sequence of (better ids, worse ids)
+    pairs : iterable of (better ids, worse ids)
         Whole sequences, prompt and completion.
     batch : int
     seed : int
