@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from numformer.files import replace_file
-from numformer.ops.arguments import need_sizes
+from numformer.ops.arguments import need_seed, need_sizes
 
 __all__ = ["Batches", "TokenShards", "write_shard"]
 
@@ -109,9 +109,9 @@ class Batches:
     Raises
     ------
     TypeError
-        If `batch` or `block` is no integer.
+        If `batch`, `block` or `seed` is no integer.
     ValueError
-        If one is below 1, or no shard has the block + 1 tokens of a window.
+        If one of the first two is below 1, `seed` below 0, or no shard has the block + 1 tokens of a window.
     """
 
     endless = True      # a list of all of them has no end
@@ -119,6 +119,7 @@ class Batches:
     def __init__(self, shards, batch, block, *, seed=0):
         self.shards = shards if isinstance(shards, TokenShards) else TokenShards(shards)
         need_sizes("Batches", batch=batch, block=block)
+        need_seed(seed, "Batches")
         self.batch, self.block, self.seed = batch, block, seed
         counts = [max(len(shard) - 1, 0) // block for shard in self.shards.shards]
         self.first = np.concatenate([[0], np.cumsum(counts)])      # the number of each shard's first window

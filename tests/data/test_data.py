@@ -69,6 +69,10 @@ def test_what_is_wrong_with_the_files_is_said(tmp_path):
             data.Batches(data.TokenShards(tmp_path), *sizes)
     with pytest.raises(TypeError, match=r"Batches: batch must be an integer, got 2\.5"):
         data.Batches(data.TokenShards(tmp_path), 2.5, 2)
+    with pytest.raises(TypeError, match="Batches: seed must be an integer, got None"):
+        data.Batches(data.TokenShards(tmp_path), 2, 2, seed=None)
+    with pytest.raises(ValueError, match="Batches: seed must be 0 or more, got -1"):
+        data.Batches(data.TokenShards(tmp_path), 2, 2, seed=-1)
     np.save(tmp_path / "float.npy", np.ones(5))
     with pytest.raises(ValueError, match="uint16 or uint32, got float64"):
         data.TokenShards(tmp_path / "float.npy")

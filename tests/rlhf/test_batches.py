@@ -98,6 +98,14 @@ def test_bad_examples_are_named(kind, examples, batch, message):
         kind(examples, batch)
 
 
+@pytest.mark.parametrize("kind", [rlhf.CompletionBatches, rlhf.PairBatches])
+def test_a_seed_that_is_none_is_named(kind):
+    with pytest.raises(TypeError, match=f"{kind.__name__}: seed must be an integer, got None"):
+        kind([([1], [2])], 1, seed=None)
+    with pytest.raises(ValueError, match=f"{kind.__name__}: seed must be 0 or more, got -1"):
+        kind([([1], [2])], 1, seed=-1)
+
+
 @pytest.mark.parametrize("part", ["12", [1.5], ["1"], np.ones(2)])
 @pytest.mark.parametrize("kind", [rlhf.CompletionBatches, rlhf.PairBatches])
 def test_examples_that_are_no_integers_are_named(kind, part):

@@ -69,6 +69,12 @@ def need_sizes(layer, **sizes):
             raise ValueError(f"{layer}: {name} must be 1 or more, got {size}")
 
 
+def need_seed(seed, op):
+    """TypeError or ValueError unless it is an integer of 0 or more."""
+    if as_integer(seed, op, "seed") < 0:
+        raise ValueError(f"{op}: seed must be 0 or more, got {seed}")
+
+
 def as_number(x, op, name):
     """`x`, a real number of any kind, as a float. TypeError for anything else."""
     try:

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 
-from numformer.ops.arguments import as_ids, need_sizes
+from numformer.ops.arguments import as_ids, need_seed, need_sizes
 from numformer.rlhf.sequences import pad
 
 __all__ = ["CompletionBatches", "PairBatches"]
@@ -25,6 +25,7 @@ class _Examples:
     def __init__(self, pairs, batch, *, seed=0, stretch=8):
         name = type(self).__name__
         need_sizes(name, batch=batch, stretch=stretch)
+        need_seed(seed, name)
         pairs = list(pairs)
         if not pairs:
             raise ValueError(f"{name}: there are no examples")
