@@ -124,6 +124,14 @@ def test_progressive_pruning_tunes_each_smaller_model(monkeypatch):
     assert compress.progressive_prune(model, batches(), 0.1, tune=lambda model: other) is other
 
 
+def test_a_model_from_which_nothing_went_has_memory_of_its_own():
+    model = gpt()
+    for fraction in (0, 0.01):
+        same = compress.progressive_prune(model, batches(), fraction)
+        for name, array in model.state_dict().items():
+            assert (same.state_dict()[name] == array).all() and not np.shares_memory(same.state_dict()[name], array)
+
+
 def test_bad_requests_are_refused():
     model = gpt()
     with pytest.raises(ValueError, match="layer 1 would have none of its 4 heads left"):

@@ -168,7 +168,7 @@ def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=
     def units(model):
         return sum(block.attention.n_head for block in model.blocks) if kind == "heads" else len(model.blocks)
 
-    whole, done = units(model), 0.0
+    given, whole, done = model, units(model), 0.0
     while done < fraction - 1e-9:
         done = min(done + step, fraction)
         now = units(model)
@@ -181,7 +181,7 @@ def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=
             model = prune_layers(model, fraction=share, importance=layer_importance(model, batches))
         if tune is not None:
             model = tune(model) or model
-    return model
+    return _rebuilt(model, model.state_dict()) if model is given else model
 
 
 def _check(model, op):
