@@ -233,6 +233,13 @@ def test_what_a_checkpoint_needs_is_said_before_the_first_iteration(tmp_path):
         loop.run(1, checkpoint=tmp_path / "run")
 
 
+def test_iterations_between_checkpoints_that_are_none_are_named_before_the_first(tmp_path):
+    loop = ppo(reward_fn=lambda p, c: pytest.fail("an iteration was done"))
+    for every, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match=rf"PPO\.run: every must be .*, got {every}"):
+            loop.run(1, checkpoint=tmp_path / "run", every=every)
+
+
 def test_pretraining_batches_that_end_are_said_with_the_iteration():
     batches = rlhf.CompletionBatches([(p, [5, 6]) for p in prompts(8)], 4)
     loop = ppo(ptx_coef=0.5, pretrain=iter([next(batches)]))

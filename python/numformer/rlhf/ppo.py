@@ -21,7 +21,7 @@ import numpy as np
 import numformer as nf
 from numformer.files import state_bytes
 from numformer.models.pretrained import read_safetensors, write_safetensors
-from numformer.ops.arguments import as_ids, need_generator
+from numformer.ops.arguments import as_ids, need_generator, need_sizes
 from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
 from numformer.rlhf.best_of_n import read_scores
 from numformer.rlhf.config import PPOConfig
@@ -241,6 +241,7 @@ class PPO:
         callbacks : iterable of callables
             Each is called as ``callback(iteration, metrics)`` after every iteration, counted from 0.
         """
+        need_sizes("PPO.run", every=every)
         if checkpoint is not None:          # said now, and not when the first one is due
             check_resumable(self.pretrain, "PPO: pretrain", "CompletionBatches")
             if Path(checkpoint).exists():
