@@ -193,7 +193,7 @@ def clip_grad_norm(params, max_norm):
     if factor < 1:
         for p in params:
             if p.grad is not None:
-                p.grad = p.grad * p.grad.dtype.type(factor)
+                p.grad = np.asarray(p.grad * p.grad.dtype.type(factor))     # of a 0-d array it is a scalar
     return norm
 
 

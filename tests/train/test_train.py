@@ -89,6 +89,15 @@ def test_a_clipped_step_is_clipping_and_then_a_step():
             np.testing.assert_allclose(p, q, rtol=1e-6)
 
 
+def test_a_parameter_without_an_axis_is_clipped_and_then_updated():
+    scale = Tensor(np.array(2, np.float32), requires_grad=True)
+    optimizer = train.AdamW(scale, 0.1)
+    (scale * 100.0).backward()
+    assert train.clip_grad_norm(scale, 1.0) == 100 and scale.grad == pytest.approx(1)
+    optimizer.step()
+    assert scale.data == pytest.approx(1.9)
+
+
 def test_clip_returns_the_norm_before_and_leaves_small_gradients_alone():
     rng = np.random.default_rng(0)
     params = [leaf(40, rng=rng), leaf(3, 3, rng=rng), leaf(2, gradient=False, rng=rng)]
