@@ -299,9 +299,10 @@ def test_presets_have_the_numbers_of_their_sources():
         "instructgpt": {"clip": 0.2, "value_clip": 0.2, "kl_init": 0.02, "kl_target": None, "episodes": 256000,
                         "batch": 512, "minibatch": 64, "epochs": 1, "warmup": 10, "ema_decay": 0.992, "ptx_coef": 27.8},
         "trl": {"clip": 0.2, "value_clip": 0.2, "value_coef": 0.1, "gamma": 1, "lam": 0.95, "kl_init": 0.05,
-                "kl_target": None, "epochs": 4, "lr": 3e-6},
+                "kl_target": None, "epochs": 4, "lr": 3e-6, "temperature": 0.7},
         "verl": {"clip": 0.2, "value_clip": 0.5, "kl_init": 0.001, "kl_target": 0.1, "kl_horizon": 10000,
-                 "dual_clip": 3.0, "epochs": 1},
+                 "dual_clip": 3.0, "epochs": 1, "gamma": 1, "lam": 1, "lr": 1e-6, "value_lr": 1e-5,
+                 "weight_decay": 0.01, "temperature": 1},
     }
     for name, numbers in table.items():
         preset = getattr(rlhf.PPOConfig, name)()

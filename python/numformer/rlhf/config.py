@@ -167,11 +167,12 @@ class PPOConfig:
     @classmethod
     def trl(cls, **changes):
         """The defaults of TRL's PPOTrainer, for the numbers that make the algorithm."""
-        return cls(**{"epochs": 4, "lr": 3e-6, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "value_clip": 0.2,
-                      "value_coef": 0.1, "kl_init": 0.05, **changes})
+        return cls(**{"epochs": 4, "temperature": 0.7, "lr": 3e-6, "gamma": 1.0, "lam": 0.95, "clip": 0.2,
+                      "value_clip": 0.2, "value_coef": 0.1, "kl_init": 0.05, **changes})
 
     @classmethod
     def verl(cls, **changes):
         """The defaults of verl's PPO trainer, its KL controller adaptive."""
-        return cls(**{"epochs": 1, "clip": 0.2, "value_clip": 0.5, "dual_clip": 3.0, "kl_init": 0.001, "kl_target": 0.1,
+        return cls(**{"epochs": 1, "lr": 1e-6, "value_lr": 1e-5, "weight_decay": 0.01, "gamma": 1.0, "lam": 1.0,
+                      "clip": 0.2, "value_clip": 0.5, "dual_clip": 3.0, "kl_init": 0.001, "kl_target": 0.1,
                       "kl_horizon": 10000, "kl_measure": "token", **changes})
