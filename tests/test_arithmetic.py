@@ -189,6 +189,23 @@ def test_numbers_and_integer_arrays_take_the_dtype_of_the_tensor():
         assert y.dtype == np.float32
 
 
+def test_integers_take_the_dtype_of_a_float_beside_them():
+    for x in (np.arange(4), Tensor(np.arange(4))):
+        np.testing.assert_array_equal(Tensor(ar.clip(x, 0.5, 2.5)).data, [0.5, 1, 2, 2.5])
+        np.testing.assert_array_equal(Tensor(ar.clip(x, 1, 2)).data, [1, 1, 2, 2])
+        assert Tensor(ar.clip(x, 1, 2)).dtype.kind == "i"
+    for half in (0.5, np.float64(0.5), np.full(4, 0.5)):
+        np.testing.assert_array_equal((Tensor(np.array([0, 1, 4, 9])) ** half).data, [0, 1, 2, 3])
+
+
+def test_bfloat16_stays_so():
+    x = Tensor(np.array([0.25, 1, 4], pytest.importorskip("ml_dtypes").bfloat16), requires_grad=True)
+    for y, slope in ((x**0.5, [1, 0.5, 0.25]), (x**2, [0.5, 2, 8]), (ar.clip(x, 0.5, 2), [0, 1, 0])):
+        x.grad = None
+        y.sum().backward()
+        assert y.dtype == x.dtype == x.grad.dtype and x.grad.tolist() == slope
+
+
 @pytest.mark.parametrize("other", [None, 1j, "2", np.array([None, 1.0, 2.0]), np.array("now", "datetime64[s]")])
 def test_what_is_no_real_number_is_an_error(other):
     x = Tensor(np.ones(3, np.float32))

@@ -224,8 +224,9 @@ def power(x, exponent):
             raise TypeError("**: the exponent must be a number or an array, not a Tensor that requires a gradient; "
                             "use exp(b * log(a))")
         exponent = exponent.data
-    if not isinstance(exponent, numbers.Number) or isinstance(exponent, np.generic):
-        exponent = np.asarray(exponent, x.dtype)
+    number = isinstance(exponent, numbers.Number) and not isinstance(exponent, np.generic)
+    if not number or x.dtype.name == "bfloat16":        # to the power of a number that is float32
+        exponent = np.asarray(exponent, _float_dtype(x))
     return apply(_power_forward, _power_backward, x, exponent)
 
 
@@ -249,12 +250,15 @@ def clip(x, low=None, high=None):
         raise TypeError("clip: the bounds must be numbers or arrays, not Tensors that require a gradient; "
                         "use minimum and maximum")
     x = _plain(x)
-    low, high = ((None if v is None else np.asarray(v.data if type(v) is Tensor else v, x.dtype)) for v in (low, high))
+    dtype = _float_dtype(x)
+    low, high = ((None if v is None else np.asarray(v.data if type(v) is Tensor else v, dtype)) for v in (low, high))
     return apply(_clip_forward, _clip_backward, x, low=low, high=high)
 
 
 def _clip_forward(x, low, high):
     y = np.clip(x, low, high)
+    if is_float(x.dtype):
+        y = y.astype(x.dtype, copy=False)       # of bfloat16 it is float32
     return y, (y == x, x.shape)
 
 
