@@ -291,6 +291,25 @@ def test_no_grad_nests_and_decorates():
     assert not no_grad()(lambda: multiply(x, x))().requires_grad
 
 
+def test_no_grad_decorates_generators_step_by_step():
+    x = Tensor(np.ones(3), requires_grad=True)
+
+    @no_grad()
+    def doubled(count):
+        """Doc."""
+        for _ in range(count):
+            yield (x * 2.0).requires_grad
+        return "end"
+
+    def both():
+        recorded.append((yield from doubled(2)))
+
+    recorded, seen = [], []
+    for inside in both():
+        seen.append((inside, (x * 2.0).requires_grad))
+    assert seen == [(False, True)] * 2 and recorded == ["end"] and doubled.__doc__ == "Doc."
+
+
 def test_a_tensor_is_described_as_an_array_is():
     x = Tensor(np.zeros((2, 3), np.float32))
     assert (x.shape, x.dtype, x.ndim, x.size, len(x)) == ((2, 3), np.float32, 2, 6, 2)
