@@ -281,6 +281,21 @@ def test_only_floats_have_gradients():
         Tensor(np.arange(3), requires_grad=True)
 
 
+def test_an_op_that_forgets_the_gradient_of_an_input_is_an_error():
+    x, y = leaf(1.0), leaf(2.0)
+
+    def scaled_forward(a, b):
+        return a * b, b
+
+    def scaled_backward(dy, b):
+        return (dy * b,)
+
+    with pytest.raises(ValueError, match="backward: scaled_backward gave 1 gradients for 2 inputs; give None"):
+        apply(scaled_forward, scaled_backward, x, y).sum().backward()
+    apply(scaled_forward, lambda dy, b: (g for g in (dy * b, None)), x, y).sum().backward()
+    assert x.grad == 2 and y.grad is None
+
+
 def test_no_grad_nests_and_decorates():
     x, block = leaf(1.0), no_grad()
     with block:
