@@ -66,6 +66,14 @@ def test_nan_and_infinity_spoil_their_own_token_alone(bad):
     assert (moe.route(logits, 2).expert_index[2] == [0, 1]).all()
 
 
+def test_with_sigmoid_an_expert_of_nan_is_chosen_last_and_infinity_scores_one():
+    logits = np.array([[1.0, np.nan, 2, np.inf]])
+    r = moe.route(logits, 3, score="sigmoid", normalize=False)
+    assert r.expert_index.tolist() == [[3, 2, 0]] and r.weight[0, 0] == 1 and np.isfinite(r.weight).all()
+    r = moe.route(logits, 4, score="sigmoid")
+    assert r.expert_index.tolist() == [[3, 2, 0, 1]] and np.isnan(r.weight).all()
+
+
 def test_capacity_drops_second_choices_and_late_tokens_first():
     logits = np.array([[0, 9, 1], [9, 5, 0], [9, 0, 5], [9, 1, 0]], np.float32)     # 1 2, 0 1, 0 2, 0 1
     r = moe.route(logits, 2, capacity=2)
