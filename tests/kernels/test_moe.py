@@ -52,6 +52,15 @@ def test_minus_infinity_takes_an_expert_out():
     assert (r.expert_index == [[1, 3, 0]]).all() and r.weight[0, 2] == 0 and np.isfinite(r.weight).all()
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_a_bias_does_not_bring_back_what_minus_infinity_took_out(score):
+    logits, bias = np.array([[-np.inf, 1, -np.inf, 0, 0.5, 0.25]], np.float32), np.array([9, 0, 5, 1, 0, 3], np.float32)
+    r = moe.route(logits, 3, score=score, bias=bias)
+    assert r.expert_index.tolist() == [[5, 3, 1]] and (r.weight > 0).all()
+    r = moe.route(logits, 2, score=score, bias=bias, num_groups=2)      # the groups are weighed as before
+    assert r.expert_index.tolist() == [[1, 0]] and r.weight.tolist() == [[1, 0]]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_and_infinity_spoil_their_own_token_alone(bad):
     logits = normal(5, 4, dtype=np.float32)

@@ -125,7 +125,8 @@ def route(logits, top_k, *, score="softmax", normalize=True, bias=None, num_grou
     logits : (T, E) array_like or Tensor, float32 or float64
         Router logits. Keep them in float32 whatever the model's dtype. With softmax a NaN or +inf makes the weights
         of its own token NaN, and nothing else. With sigmoid +inf is a score of 1, and an expert of NaN is chosen last,
-        where it makes them NaN too. -inf takes an expert out, and a token without experts has the weights 0.
+        where it makes them NaN too. -inf takes an expert out, whatever its bias, and a token without experts has the
+        weights 0.
     top_k : int
     score : {"softmax", "sigmoid"}
         Softmax over the experts, or a sigmoid of each logit (DeepSeek-V3).
