@@ -80,13 +80,16 @@ class AdamW:
 
         Raises
         ------
+        TypeError
+            If a gradient is no array, or `max_norm` no number; nothing is changed then.
         ValueError
-            If a gradient has not the shape and dtype of its parameter, or `max_norm` is below 0; nothing is changed
-            then.
+            If a gradient has not the shape and dtype of its parameter, or `max_norm` is below 0; nor then.
         """
         chosen = [i for i, p in enumerate(self.params) if p.grad is not None]
         for i in chosen:
             p = self.params[i]
+            if not isinstance(p.grad, np.ndarray):
+                raise TypeError(f"AdamW: the gradient of parameter {i} must be an array, got {type(p.grad).__name__}")
             if p.grad.shape != p.data.shape or p.grad.dtype != p.data.dtype:
                 raise ValueError(f"AdamW: the gradient of parameter {i} must be {p.dtype} of shape {p.shape}, as that "
                                  f"is, got {p.grad.dtype} {p.grad.shape}")

@@ -180,6 +180,17 @@ def test_a_step_of_a_gradient_that_does_not_fit_changes_nothing(gradient):
     assert (params[0].data == before).all() and optimizer.steps == 0 and not optimizer.counts.any()
 
 
+@pytest.mark.parametrize("gradient", [0.5, np.float32(0.5), [1.0, 2.0, 3.0], Tensor(np.ones(3, np.float32))])
+def test_a_step_of_a_gradient_that_is_no_array_changes_nothing(gradient):
+    rng = np.random.default_rng(0)
+    params = [leaf(2, rng=rng), leaf(3, rng=rng)]
+    optimizer, before = train.AdamW(params, 0.1), params[0].data.copy()
+    params[1].grad = gradient
+    with pytest.raises(TypeError, match=f"gradient of parameter 1 must be an array, got {type(gradient).__name__}"):
+        optimizer.step()
+    assert (params[0].data == before).all() and optimizer.steps == 0 and not optimizer.counts.any()
+
+
 def test_schedules_by_their_definitions():
     ours = [train.warmup_cosine(i, lr=1.0, warmup=4, total=12, min_lr=0.1) for i in (0, 3, 4, 8, 12, 99)]
     np.testing.assert_allclose(ours, [0.2, 0.8, 1.0, 0.55, 0.1, 0.1])
