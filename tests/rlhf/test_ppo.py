@@ -342,6 +342,7 @@ def test_numbers_out_of_range_are_named(options, message):
     ({"kl_init": -1}, ValueError, "kl_init must be 0 or more, got -1"),
     ({"kl_target": 0}, ValueError, "kl_target must be above 0, got 0"),
     ({"clip": 0}, ValueError, "clip must be above 0, got 0"),
+    ({"dual_clip": 1}, ValueError, "dual_clip must be above 1, got 1"),
     ({"gamma": 2}, ValueError, r"gamma must be within 0 \.\. 1"),
     ({"schedule": "linear", "episodes": 0}, ValueError, "episodes must be 1 or more, got 0"),
     ({"warmup": -1}, ValueError, "warmup must be 0 or more, got -1")])

@@ -135,6 +135,7 @@ class PPOConfig:
                 ("1 or more", lambda x: x >= 1, ("batch", "minibatch", "epochs", "max_new_tokens", "episodes")),
                 ("0 or more", lambda x: x >= 0, ("lr", "value_lr", "warmup", "max_norm", "kl_init")),
                 ("above 0", lambda x: x > 0, ("clip", "value_clip", "kl_target", "kl_horizon")),
+                ("above 1", lambda x: x > 1, ("dual_clip",)),
                 ("within 0 .. 1", lambda x: 0 <= x <= 1, ("gamma", "lam"))):
             for name in names:
                 value = getattr(self, name)
