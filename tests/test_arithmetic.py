@@ -206,6 +206,22 @@ def test_bfloat16_stays_so():
         assert y.dtype == x.dtype == x.grad.dtype and x.grad.tolist() == slope
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sums_of_sixteen_bits_are_added_up_in_float32(dtype):
+    if dtype == "bfloat16":
+        dtype = pytest.importorskip("ml_dtypes").bfloat16
+    many, one = Tensor(np.ones((4096, 2), dtype)), Tensor(np.ones(2, dtype), requires_grad=True)
+    assert many.sum(0).data.tolist() == [4096, 4096] and many.mean().data == 1 and many.sum().dtype == dtype
+    taken = np.zeros((4096, 2), int)
+    for y in (many * one, one.reshape(1, 2)[taken[:, 0]], one.reshape(1, 2).take_along_axis(taken, 0)):
+        one.grad = None
+        y.sum().backward()
+        assert one.grad.dtype == dtype and one.grad.tolist() == [4096, 4096]
+    flat = Tensor(np.ones(4096, dtype), requires_grad=True)
+    flat.max().backward()
+    assert (flat.grad == 1 / 4096).all()
+
+
 @pytest.mark.parametrize("other", [None, 1j, "2", np.array([None, 1.0, 2.0]), np.array("now", "datetime64[s]")])
 def test_what_is_no_real_number_is_an_error(other):
     x = Tensor(np.ones(3, np.float32))

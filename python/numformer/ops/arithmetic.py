@@ -33,7 +33,18 @@ def _unbroadcast(gradient, shape):
         # NumPy adds one row after the other, and errs by as many roundings
         return _core.sum_rows(gradient.reshape(math.prod(gradient.shape[:lead]), size)).reshape(shape)
     axes = tuple(range(lead)) + tuple(i + lead for i, n in enumerate(shape) if n == 1 != gradient.shape[i + lead])
-    return gradient.sum(axis=axes, keepdims=True).reshape(shape)
+    return _added(gradient, axes, True).reshape(shape)
+
+
+def _wide(dtype):
+    """What numbers of `dtype` are added up in: float32 for those of 16 bits, or 256 ones and one are 256."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 and is_float(dtype) else dtype
+
+
+def _added(x, axis, keepdims):
+    if (wide := _wide(x.dtype)) is x.dtype:
+        return x.sum(axis=axis, keepdims=keepdims)
+    return x.sum(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype)
 
 
 def _operands(op, a, b):
@@ -292,7 +303,7 @@ def _spread(dy, shape, axis, keepdims):
 
 
 def _sum_forward(x, axis, keepdims):
-    return x.sum(axis=axis, keepdims=keepdims), (x.shape, axis, keepdims)
+    return _added(x, axis, keepdims), (x.shape, axis, keepdims)
 
 
 def _sum_backward(dy, saved):
@@ -300,7 +311,10 @@ def _sum_backward(dy, saved):
 
 
 def _mean_forward(x, axis, keepdims):
-    y = x.mean(axis=axis, keepdims=keepdims)
+    if (wide := _wide(x.dtype)) is x.dtype:
+        y = x.mean(axis=axis, keepdims=keepdims)
+    else:
+        y = x.mean(axis=axis, keepdims=keepdims, dtype=wide).astype(x.dtype)
     return y, (x.shape, axis, keepdims, x.dtype.type(y.size / max(x.size, 1)))
 
 
@@ -317,7 +331,8 @@ def _max_forward(x, axis, keepdims):
 def _max_backward(dy, saved):
     x, y, axis, keepdims = saved
     at = x == _spread(y, x.shape, axis, keepdims)
-    share = _spread(dy / at.sum(axis=axis, keepdims=keepdims, dtype=x.dtype), x.shape, axis, keepdims)
+    count = np.asarray(at.sum(axis=axis, keepdims=keepdims), x.dtype)
+    share = _spread(dy / count, x.shape, axis, keepdims)
     return (np.where(at, share, x.dtype.type(0)),)
 
 
@@ -408,13 +423,20 @@ def _getitem_forward(x, index):
 
 def _getitem_backward(dy, saved):
     shape, index = saved
-    dx = pooled(np.zeros, shape, dy.dtype)
     parts = index if type(index) is tuple else (index,)
-    if all(i is None or i is Ellipsis or isinstance(i, (slice, numbers.Integral)) for i in parts):
-        dx[index] = dy
-    else:
-        np.add.at(dx, index, dy)
+    if not all(i is None or i is Ellipsis or isinstance(i, (slice, numbers.Integral)) for i in parts):
+        return (_added_at(shape, index, dy),)
+    dx = pooled(np.zeros, shape, dy.dtype)
+    dx[index] = dy
     return (dx,)
+
+
+def _added_at(shape, index, dy):
+    """Zeros of `shape`, to which `dy` is added at `index`, where an element may come more than once."""
+    wide = _wide(dy.dtype)
+    dx = pooled(np.zeros, shape, wide)
+    np.add.at(dx, index, dy.astype(wide, copy=False))
+    return dx.astype(dy.dtype, copy=False)
 
 
 def take_along_axis(x, indices, axis=-1):
@@ -431,14 +453,13 @@ def _take_forward(x, indices, axis):
 
 def _take_backward(dy, saved):
     shape, indices, axis = saved
-    dx = pooled(np.zeros, shape, dy.dtype)
     grid = list(np.ogrid[tuple(slice(n) for n in dy.shape)])
     grid = [at if n > 1 else np.zeros_like(at) for at, n in zip(grid, shape)]       # what was broadcast
     grid[axis] = indices
-    if dy.shape[axis] == 1 and dy.size * shape[axis] == dx.size:
-        dx[tuple(grid)] = dy        # no element twice
-    else:
-        np.add.at(dx, tuple(grid), dy)
+    if dy.shape[axis] != 1 or dy.size * shape[axis] != math.prod(shape):
+        return (_added_at(shape, tuple(grid), dy),)
+    dx = pooled(np.zeros, shape, dy.dtype)
+    dx[tuple(grid)] = dy            # no element twice
     return (dx,)
 
 
