@@ -11,7 +11,7 @@ import numpy as np
 from numformer.files import state_bytes
 from numformer.models.pretrained import need_safetensors, read_safetensors, write_safetensors
 from numformer.nn.module import held
-from numformer.ops.arguments import as_integer, as_number, need_sizes
+from numformer.ops.arguments import FLOATS, as_integer, as_number, need_sizes
 from numformer.ops.optimizer import adamw_step, global_norm
 from numformer.tensor import Tensor
 
@@ -38,9 +38,10 @@ class AdamW:
     Raises
     ------
     TypeError
-        If `params` are no Tensors, or a number is none.
+        If `params` are no Tensors of float32 or float64, or a number is none.
     ValueError
-        If there are no parameters, one is given twice or was computed by an op, or a number is out of its range.
+        If there are no parameters, one is given twice, was computed by an op or cannot be changed in place, or a number
+        is out of its range.
     """
 
     def __init__(self, params, lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1):
@@ -51,6 +52,12 @@ class AdamW:
             if p.is_made:
                 raise ValueError(f"AdamW: a Tensor of shape {p.shape} was computed by an op, and gets no gradient "
                                  "of its own: give the Tensors that it was computed from")
+            if p.requires_grad and p.dtype not in FLOATS:
+                raise TypeError(f"AdamW: parameters must be float32 or float64, got {p.dtype}; keep them in float32 "
+                                "and convert what is computed from them")
+            if p.requires_grad and not (p.data.flags.c_contiguous and p.data.flags.writeable):
+                raise ValueError(f"AdamW: a parameter of shape {p.shape} must be writeable and C-contiguous, as it is "
+                                 "changed in place; make it of numpy.array(data, order='C')")
         if len(set(map(id, self.params))) < len(self.params):
             raise ValueError("AdamW: a parameter is given twice and would be updated twice in a step")
         for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):

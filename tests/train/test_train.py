@@ -122,6 +122,18 @@ def test_one_parameter_is_taken_as_a_list_of_one_and_what_an_op_made_is_refused(
             train.AdamW([made], 0.1)
 
 
+def test_parameters_that_no_step_could_change_are_refused_before_it():
+    with pytest.raises(TypeError, match="AdamW: parameters must be float32 or float64, got float16"):
+        train.AdamW(Tensor(np.ones(3, np.float16), requires_grad=True), 0.1)
+    frozen = np.ones(3)
+    frozen.flags.writeable = False
+    for array in (frozen, np.ones((3, 2)).T):
+        with pytest.raises(ValueError, match=r"AdamW: a parameter of shape .* must be writeable and C-contiguous"):
+            train.AdamW(Tensor(array, requires_grad=True), 0.1)
+    moving = leaf(3, rng=np.random.default_rng(0))
+    train.AdamW([moving, Tensor(frozen), Tensor(np.arange(3))], 0.1).step()     # those never move
+
+
 def test_zero_grad_drops_the_gradients():
     x = leaf(3, rng=np.random.default_rng(0))
     train.AdamW([x], 0.1).zero_grad()
