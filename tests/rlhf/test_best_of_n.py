@@ -27,6 +27,7 @@ def test_greedy_samples_are_all_the_same_in_any_batch():
     results = [rlhf.best_of_n(gpt(), rows, 2, liked, rng=None, max_new_tokens=4, temperature=0, batch=batch)[0]
                for batch in (1, 4, 64)]
     assert results[0] == results[1] == results[2]
+    assert results[0] == rlhf.best_of_n(gpt(), iter(rows), 2, liked, rng=None, max_new_tokens=4, temperature=0)[0]
 
 
 def test_the_kl_of_best_of_n():

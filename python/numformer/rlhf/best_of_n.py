@@ -14,7 +14,7 @@ def best_of_n(model, prompts, n, reward_fn, *, rng, max_new_tokens, batch=64, **
     Parameters
     ----------
     model : GPT
-    prompts : sequence of lists of token ids
+    prompts : iterable of lists of token ids
     n : int
     reward_fn : callable
         ``reward_fn(prompts, completions)``, two lists of lists of ids, gives a score for each.
@@ -40,6 +40,7 @@ def best_of_n(model, prompts, n, reward_fn, *, rng, max_new_tokens, batch=64, **
         If n or batch is below 1, or reward_fn does not give a finite score for each.
     """
     need_sizes("best_of_n", n=n, batch=batch)
+    prompts = list(prompts)
     rows = [as_ids(prompt, "best_of_n", "prompts") for prompt in prompts for _ in range(n)]
     completions = []
     for begin in range(0, len(rows), batch):
