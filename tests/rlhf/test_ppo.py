@@ -388,10 +388,21 @@ def test_what_is_no_config_no_function_or_no_generator_is_named():
     value = rlhf.ValueModel.from_gpt(policy, rng=np.random.default_rng(1))
     for change, message in (({"config": {"batch": 4}}, "config must be a PPOConfig, got dict"),
                             ({"reward_fn": None}, "reward_fn must be a function of prompts and completions"),
-                            ({"rng": 0}, "rng must be a numpy.random.Generator, got int")):
-        parts = {"reward_fn": liked, "config": rlhf.PPOConfig(), "rng": np.random.default_rng(0)} | change
+                            ({"rng": 0}, "rng must be a numpy.random.Generator, got int"),
+                            ({"policy": "folder"}, "policy must be a GPT, got str"),
+                            ({"value": None}, "value must be a ValueModel, got NoneType")):
+        parts = {"policy": policy, "value": value, "reward_fn": liked, "config": rlhf.PPOConfig(),
+                 "rng": np.random.default_rng(0)} | change
         with pytest.raises(TypeError, match=f"PPO: {message}"):
-            rlhf.PPO(policy, None, value, prompts=[[1]], **parts)
+            rlhf.PPO(reference=None, prompts=[[1]], **parts)
+
+
+def test_a_value_model_that_is_another_is_an_error_and_not_a_number():
+    loop = ppo()
+    for other, shape in ((gpt(3), f"16, .*, {VOCAB}"), (rlhf.RewardModel.from_gpt(gpt(), rng=loop.rng), "16,")):
+        sequences = rlhf.Sequences.of(*zip(*[([2, 3], [4, 5])] * 16))
+        with pytest.raises(ValueError, match=rf"one number for each of the tokens \(16, 4\), .* got \({shape}\) of a"):
+            rlhf.completion_values(other, sequences)
 
 
 @pytest.mark.parametrize(("scores", "message"), [

@@ -21,6 +21,7 @@ import numpy as np
 import numformer as nf
 from numformer.files import state_bytes
 from numformer.models.pretrained import read_safetensors, write_safetensors
+from numformer.nn import Module
 from numformer.ops.arguments import as_ids, need_generator, need_sizes
 from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
 from numformer.rlhf.best_of_n import read_scores
@@ -112,6 +113,9 @@ class PPO:
         if reference is policy:
             raise ValueError("PPO: reference is the policy itself, which changes; give another copy, or None")
         for name, model in (("policy", policy), ("value", value)):
+            if not isinstance(model, Module):
+                raise TypeError(f"PPO: {name} must be a {'GPT' if model is policy else 'ValueModel'}, got "
+                                f"{type(model).__name__}")
             refuse_quantized(model, f"PPO: {name}")
         self.policy, self.value, self.config = policy, value, config
         self.reference = _copy(policy) if reference is None else reference

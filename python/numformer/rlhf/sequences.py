@@ -113,6 +113,12 @@ def completion_log_probs(model, sequences, *, temperature=1.0, entropy=False):
 
 
 def completion_values(model, sequences):
-    """The values (B, T) of a :class:`ValueModel` before each action; 0 behind the completions."""
+    """The values (B, T) of a :class:`ValueModel` before each action; 0 behind the completions.
+
+    ValueError for a model that does not give one number a token.
+    """
     values = model(sequences.tokens)
+    if values.shape != sequences.tokens.shape:
+        raise ValueError(f"completion_values: model must give one number for each of the tokens "
+                         f"{sequences.tokens.shape}, as a ValueModel, got {values.shape} of a {type(model).__name__}")
     return sequences.spread(sequences.gather(values.reshape(*values.shape, 1)).reshape(-1))
