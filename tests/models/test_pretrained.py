@@ -1,4 +1,5 @@
 import json
+import sys
 import threading
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 import numformer as nf
 from numformer import files
+from numformer.models import pretrained
 
 pytest.importorskip("safetensors")
 
@@ -30,6 +32,31 @@ def test_a_saved_model_comes_back_with_the_same_bits(tmp_path, options):
     ids = np.arange(16)[None]
     np.testing.assert_array_equal(again(ids).data, model(ids).data)
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_weights_of_any_float_are_read_and_others_named(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    kinds = [np.float16, np.float64, pytest.importorskip("ml_dtypes").bfloat16]
+    for dtype in kinds:
+        halves = {name: array.astype(dtype) for name, array in model.state_dict().items()}
+        pretrained.write_safetensors(path, halves)
+        assert all(array.dtype == dtype for array in pretrained.read_safetensors(path).values())
+        for name, array in nf.models.load(tmp_path).state_dict().items():
+            np.testing.assert_array_equal(array, halves[name].astype(np.float32))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match=r"model\.safetensors: .* is bfloat16, .* the package ml_dtypes: install it"):
+        nf.models.load(tmp_path)
+    monkeypatch.undo()
+    import ml_dtypes
+    pretrained.write_safetensors(path, {"a": np.ones(3, ml_dtypes.float8_e4m3fn)})
+    with pytest.raises(ValueError, match=r"model\.safetensors: a is of a dtype that NumPy lacks, F8_E4M3"):
+        pretrained.read_safetensors(path)
+    others = {"a": np.array([True]), "b": np.ones((2, 0), np.uint16), "c": np.arange(3), "d": np.array(2, np.int8)}
+    pretrained.write_safetensors(path, others)
+    for name, array in pretrained.read_safetensors(path).items():
+        assert array.dtype == others[name].dtype and np.array_equal(array, others[name])
 
 
 def test_saving_over_a_model_leaves_other_files(tmp_path):

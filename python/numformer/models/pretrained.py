@@ -1,6 +1,7 @@
 """Models as folders in the layout of Hugging Face: config.json and model.safetensors."""
 import dataclasses
 import hashlib
+import importlib
 import json
 from pathlib import Path
 
@@ -25,13 +26,30 @@ def need_safetensors():
     return safetensors
 
 
+_KINDS = {"F": "float", "I": "int", "U": "uint", "C": "complex"}
+
+
 def read_safetensors(path):
-    """The arrays of a file by name. ValueError, in one line, for a file that is broken."""
+    """The arrays of a file by name. ValueError, in one line, for a file that is broken or holds what NumPy lacks."""
     library = need_safetensors()
     try:
-        return library.numpy.load(Path(path).read_bytes())
-    except (library.SafetensorError, KeyError, ValueError, TypeError) as error:
+        parts = library.deserialize(Path(path).read_bytes())
+    except library.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    return {name: np.frombuffer(part["data"], _dtype(part["dtype"], f"{path}: {name}")).reshape(part["shape"])
+            for name, part in parts}
+
+
+def _dtype(name, array):
+    """The dtype that the format calls `name`."""
+    try:
+        if name == "BF16":
+            return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        return np.dtype("bool" if name == "BOOL" else _KINDS[name[0]] + name[1:])
+    except ImportError:
+        raise ImportError(f"{array} is bfloat16, which NumPy knows by the package ml_dtypes: install it") from None
+    except (KeyError, TypeError):
+        raise ValueError(f"{array} is of a dtype that NumPy lacks, {name}; convert it to F32 or BF16") from None
 
 
 def write_safetensors(path, arrays, config=None):
