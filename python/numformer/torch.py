@@ -284,7 +284,8 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     Returns
     -------
     torch.Tensor, (B, 1, 1, kv_length), boolean, with the rule as an attribute; or None where nothing but causality
-    from the first key on holds. O(kv_length), never O(q_length kv_length).
+    from the first key on holds. O(kv_length), not O(q_length kv_length), but for models that ask transformers for a
+    mask in any case, since they go by its elements (Doge, T5Gemma 2): they get that of "sdpa".
 
     Raises
     ------
@@ -299,11 +300,17 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
                          '"eager"')
     tracing = torch.compiler.is_compiling()         # a tensor's attributes would be lost
     rule = None if tracing else _rule(mask_function, masking_utils)
+    sizes = batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask
     if rule is None or kwargs.get("use_vmap"):
-        return masking_utils.sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function,
-                                       attention_mask, **kwargs)
+        return masking_utils.sdpa_mask(*sizes, **kwargs)
     causal, window = rule
     offset = int(q_offset) - int(kv_offset)
+    rules = causal, window, offset if causal or window != (-1, -1) else kv_length - q_length
+    if not kwargs.get("allow_is_causal_skip" if causal else "allow_is_bidirectional_skip", True):
+        mask = masking_utils.sdpa_mask(*sizes, **kwargs)
+        if q_length == 1:           # also of each step with a static cache, the rest of which need not be read
+            mask.numformer_rules = rules
+        return mask
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         padding = padding[:, kv_offset:kv_offset + kv_length]
@@ -313,7 +320,7 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     if padding is None:
         padding = torch.ones((batch_size, kv_length), dtype=torch.bool)
     mask = padding[:, None, None, :]
-    mask.numformer_rules = causal, window, offset if causal or window != (-1, -1) else kv_length - q_length
+    mask.numformer_rules = rules
     return mask
 
 

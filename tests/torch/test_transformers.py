@@ -155,6 +155,23 @@ def test_rules_of_other_kinds_get_the_mask_of_sdpa():
     assert mask.shape == (2, 1, 7, 7) and not mask[0, 0, 3, 2] and mask[0, 0, 4, 3]
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_model_that_goes_by_the_elements_of_its_masks(window, cache):
+    tokens, padding = batch()
+    padding = padded_on("left", tokens, 4, 2)
+    results = []
+    for implementation in ("numformer", "eager"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.DogeConfig(**DECODER, sliding_window=window), attn_implementation=implementation).eval()
+        results.append([*(model(tokens, attention_mask=mask).logits[padding.bool()] for mask in (padding, None)),
+                        model.generate(tokens, attention_mask=padding, max_new_tokens=8, do_sample=False,
+                                       cache_implementation=cache, disable_compile=True)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_of_a_mask_that_has_lost_its_rule_is_refused():
     model, = models("llama", "numformer")
     tokens, padding = batch()
