@@ -226,11 +226,16 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     ------
     ValueError
         If the weights are asked for (``output_attentions``): they are never held. If a causal model gives one row of
-        a mask for several queries, and not as it was made.
+        a mask for several queries, and not as it was made. If the model's attention is sparse by chosen keys or blocks
+        of them (DeepSeek V3.2, MiniMax M3), or has sinks that differ from query to query (Inkling 2).
     """
     if kwargs.get("output_attentions"):
         raise ValueError('attn_implementation="numformer" holds no attention weights, so output_attentions=True needs '
                          '"eager"')
+    for name in ("indices", "block_indices", "sinks"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f'attn_implementation="numformer" cannot do the attention of {type(module).__name__}, '
+                             f'which is given {name}: use "eager"')
     # A layer that does not say so is causal where there is no mask; one that it has made itself is all there is.
     own = is_causal is None and not hasattr(module, "is_causal") and attention_mask is not None and (
         attention_mask.dtype != torch.bool)

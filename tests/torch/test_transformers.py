@@ -258,6 +258,17 @@ def test_attention_weights_are_refused():
         model(batch()[0], output_attentions=True)
 
 
+def test_sparse_attention_is_refused():
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.DeepseekV32Config(
+            **DECODER | {"num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2,
+            n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8,
+            qk_nope_head_dim=8, v_head_dim=12, index_topk=4, index_n_heads=2, index_head_dim=16),
+        attn_implementation="numformer")
+    with pytest.raises(ValueError, match='DeepseekV32Attention, which is given indices: use "eager"'):
+        model(batch()[0])
+
+
 @pytest.mark.parametrize("config", ["BloomConfig", "MptConfig"])
 def test_a_model_that_computes_its_attention_itself_is_refused(config):
     small = {"BloomConfig": {"hidden_size": 32, "n_layer": 1, "n_head": 4},
