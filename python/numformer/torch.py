@@ -203,7 +203,7 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     Parameters
     ----------
     module : torch.nn.Module
-        Says by ``is_causal`` what holds where there is no mask.
+        Says by ``is_causal`` what holds where there is no mask; in a model made for "eager" alone, all is seen there.
     query, key, value : torch.Tensor, (B, H, L, E), (B, Hkv, S, E), (B, Hkv, S, Ev)
     attention_mask : torch.Tensor, optional
         What :func:`mask_of_transformers` gave, or a tensor, boolean or added: then it is all that is to be masked,
@@ -240,7 +240,7 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     own = is_causal is None and not hasattr(module, "is_causal") and attention_mask is not None and (
         attention_mask.dtype != torch.bool)
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        is_causal = getattr(module, "is_causal", True) and not _habits(type(getattr(module, "config", None)))[1]
     # One query is the last; and where the first of several meet more keys, the rest of a static cache is empty.
     rules = getattr(attention_mask, "numformer_rules", None)
     if rules is not None:
@@ -289,8 +289,9 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     Returns
     -------
     torch.Tensor, (B, 1, 1, kv_length), boolean, with the rule as an attribute; or None where nothing but causality
-    from the first key on holds. O(kv_length), not O(q_length kv_length), but for models that ask transformers for a
-    mask in any case, since they go by its elements (Doge, T5Gemma 2): they get that of "sdpa".
+    from the first key on holds. O(kv_length), not O(q_length kv_length), but for models that go by the elements of
+    their masks: those that ask transformers for one in any case (Doge, T5Gemma 2) get that of "sdpa", and those made
+    for "eager" alone (Pegasus-X, Splinter) get its.
 
     Raises
     ------
@@ -299,13 +300,15 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     """
     from transformers import masking_utils
 
-    model = _computes_itself(type(kwargs.get("config")))
-    if model is not None:
-        raise ValueError(f'{model} computes its attention itself, so attn_implementation="numformer" cannot do it: use '
-                         '"eager"')
+    itself, eager = _habits(type(kwargs.get("config")))
+    if itself is not None:
+        raise ValueError(f'{itself} computes its attention itself, so attn_implementation="numformer" cannot do it: '
+                         'use "eager"')
+    sizes = batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask
+    if eager:
+        return masking_utils.eager_mask(*sizes, **kwargs)
     tracing = torch.compiler.is_compiling()         # a tensor's attributes would be lost
     rule = None if tracing else _rule(mask_function, masking_utils)
-    sizes = batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask
     if rule is None or kwargs.get("use_vmap"):
         return masking_utils.sdpa_mask(*sizes, **kwargs)
     causal, window = rule
@@ -330,8 +333,10 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
 
 
 @functools.cache
-def _computes_itself(config):
-    """The name of the model of this class of configs, where it never asks for an implementation of attention."""
+def _habits(config):
+    """The name of a model of this class of configs, where none ever asks for an implementation of attention; and
+    whether they are made for the masks of "eager" alone, which they may change, and which alone make them causal.
+    """
     from transformers import PreTrainedModel
 
     def below(model):
@@ -339,7 +344,8 @@ def _computes_itself(config):
 
     models = [m for m in below(PreTrainedModel) if m.config_class is config]
     asks = [m._supports_sdpa or hasattr(sys.modules[m.__module__], "ALL_ATTENTION_FUNCTIONS") for m in models]
-    return None if not models or any(asks) else models[-1].__name__
+    others = [m._supports_sdpa or (m._supports_attention_backend and m._supports_flash_attn) for m in models]
+    return models[-1].__name__ if models and not any(asks) else None, bool(models) and not any(others)
 
 
 def _rule(function, masking_utils):

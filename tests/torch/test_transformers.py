@@ -225,6 +225,50 @@ def test_t5_adds_its_learned_bias_and_learns_it():
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["PegasusX", "BigBirdPegasus"])
+def test_a_decoder_that_is_causal_by_the_masks_of_eager_and_an_encoder_that_adds_to_them(name):
+    tokens, padding = batch()
+    config = getattr(transformers, f"{name}Config")(
+        **SMALL, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, decoder_start_token_id=1)
+    results = []
+    for implementation in ("numformer", "eager"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=implementation).eval()
+        results.append([model(tokens, attention_mask=mask, decoder_input_ids=tokens).logits
+                        for mask in (padding, None)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_adds_columns_to_the_masks_of_eager():
+    tokens, _ = batch()
+    config = transformers.DeepseekV4Config(
+        **DECODER, head_dim=8, sliding_window=5, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        q_lora_rank=16, o_lora_rank=8, qk_rope_head_dim=4, index_topk=2, index_n_heads=2, index_head_dim=8,
+        layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4})
+    results = []
+    for implementation in ("numformer", "eager"):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+        results.append([model(tokens).logits, model.generate(tokens[:, :1], max_new_tokens=12, do_sample=False)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoder_whose_layers_do_not_say_whether_they_are_causal():
+    tokens, _ = batch()
+    results = []
+    for implementation in ("numformer", "eager"):
+        torch.manual_seed(0)
+        model = transformers.AutoModel.from_config(
+            transformers.SplinterConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                        intermediate_size=48), attn_implementation=implementation).eval()
+        results.append(model(tokens).last_hidden_state)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_runs_and_trains():
     pytest.importorskip("ml_dtypes")
     tokens, _ = batch()
