@@ -232,3 +232,5 @@ def test_packed_attention_turns_queries_and_keys_as_rotary_embedding_does():
     y.backward(dy)
     want.backward(dy)
     assert (ours.grad == parts.grad).all()
+    with pytest.raises(ValueError, match="cos must have shape"):
+        packed_attention(ours, heads, kv_heads, rotary=[table[:, ::2] for table in rotary])

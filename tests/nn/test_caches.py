@@ -1,5 +1,6 @@
 """MultiHeadAttention with windows, ALiBi or rotary positions, its caches, and maps of its weights."""
 import copy
+import functools
 import tracemalloc
 
 import numpy as np
@@ -334,11 +335,15 @@ def test_a_cache_of_no_size_is_refused_when_it_is_made(make, match):
     ({"cache": 3}, TypeError, "cache must be a KVCache, RollingKVCache or PagedKVCache, got int"),
     ({"rotary": 3}, TypeError, r"rotary must be the pair \(cos, sin\), as rotary_tables gives it, got 3"),
     ({"rotary": rotary_tables(5, 8)[:1]}, TypeError, r"rotary must be the pair \(cos, sin\)"),
-    ({"rotary": (0.0, 1.0)}, ValueError, r"each \(S, head_dim / 2\), got shapes \(\) and \(\)"),
+    ({"rotary": (0.0, 1.0)}, ValueError, r"each \(S, head_dim / 2\) = \(5, 4\), got shapes \(\) and \(\)"),
+    ({"rotary": rotary_tables(5, 4)}, ValueError, r"got shapes \(5, 2\) and \(5, 2\)"),
+    ({"rotary": rotary_tables(5, 16)}, ValueError, r"got shapes \(5, 8\) and \(5, 8\)"),
+    ({"rotary": rotary_tables(1, 8)}, ValueError, r"got shapes \(1, 4\) and \(1, 4\)"),
 ])
 def test_what_is_no_cache_and_no_pair_of_tables_is_named(keywords, error, match):
     layer, x = MultiHeadAttention(16, 2, rng=np.random.default_rng(0)), np.ones((1, 5, 16), np.float32)
-    calls = [layer] if "cache" in keywords else [layer, layer.maps]
+    cached = functools.partial(layer, cache=KVCache([layer], 1, 8))
+    calls = [layer] if "cache" in keywords else [layer, layer.maps, cached]
     for call in calls:
         with pytest.raises(error, match=f"MultiHeadAttention: .*{match}"):
             call(x, **keywords)

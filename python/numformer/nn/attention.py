@@ -62,8 +62,8 @@ def split_heads(qkv, n_head, n_kv_head):
     return apply(split_heads_forward, split_heads_backward, qkv, n_head=n_head, n_kv_head=n_kv_head)
 
 
-def _pair(rotary):
-    """`rotary` as two arrays, or None."""
+def _pair(rotary, length, head_dim):
+    """`rotary` as two arrays, for `length` positions, or None."""
     if rotary is None:
         return None
     try:
@@ -72,9 +72,9 @@ def _pair(rotary):
         raise TypeError("MultiHeadAttention: rotary must be the pair (cos, sin), as rotary_tables gives it, got "
                         f"{reprlib.repr(rotary)}") from None
     cos, sin = as_array(cos, "MultiHeadAttention", "cos"), as_array(sin, "MultiHeadAttention", "sin")
-    if cos.ndim < 2 or sin.ndim < 2:
-        raise ValueError("MultiHeadAttention: rotary must be (cos, sin), each (S, head_dim / 2), got shapes "
-                         f"{cos.shape} and {sin.shape}")
+    if not cos.shape[-2:] == sin.shape[-2:] == (length, head_dim // 2):
+        raise ValueError("MultiHeadAttention: rotary must be (cos, sin), each (S, head_dim / 2) = "
+                         f"{length, head_dim // 2}, got shapes {cos.shape} and {sin.shape}")
     return cos, sin
 
 
@@ -179,7 +179,7 @@ class MultiHeadAttention(Module):
         if cache is not None and not hasattr(cache, "attend"):
             raise TypeError("MultiHeadAttention: cache must be a KVCache, RollingKVCache or PagedKVCache, got "
                             f"{type(cache).__name__}")
-        qkv, rotary = self._project(x), _pair(rotary)
+        qkv, rotary = self._project(x), _pair(rotary, x.shape[1], self.head_dim)
         dropout = self.training and self.dropout > 0
         rules = {"is_causal": self.causal, "window_size": self.window_size, "alibi_slopes": self.slopes}
         if cache is None and not dropout:
@@ -231,6 +231,6 @@ class MultiHeadAttention(Module):
         ndarray, (B, heads, rows, S)
             Without dropout, of which there is none to look at, and without `head_gate`.
         """
-        q, k, _ = self._turned(self._project(x), _pair(rotary))
+        q, k, _ = self._turned(self._project(x), _pair(rotary, x.shape[1], self.head_dim))
         return attention_maps(q, k, is_causal=self.causal, window_size=self.window_size, alibi_slopes=self.slopes,
                               heads=heads, rows=rows)

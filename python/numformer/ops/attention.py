@@ -341,7 +341,7 @@ def heads_of(qkv, num_heads, num_kv_heads):
 def _turn(heads, rotary, inverse):
     """Turn heads (B, S, heads, D) by the angles of their positions, in place."""
     cos, sin = rotary
-    _core.rotary(heads, cos[:, None], sin[:, None], 2 * cos.shape[-1], False, inverse, heads)
+    _core.rotary(heads, cos[:, None], sin[:, None], heads.shape[-1], False, inverse, heads)
 
 
 def packed_attention_forward(qkv, num_heads, num_kv_heads=None, is_causal=False, scale=None, rotary=None,
