@@ -86,6 +86,19 @@ def test_a_rolling_cache_keeps_the_window_alone_and_the_bits_of_a_long_text(form
     assert cache.keys[0].size == held and cache.length == length
 
 
+def test_a_rolling_cache_takes_a_step_again_as_long_as_what_it_sees_is_there():
+    layer = MultiHeadAttention(16, 2, window_size=(20, 0), rng=np.random.default_rng(0))
+    x = np.random.default_rng(1).standard_normal((1, S, 16)).astype(np.float32)
+    y, cache = layer(x), RollingKVCache([layer], 1, piece=32)
+    layer(x[:, :50], cache=cache)
+    cache.advance(50)
+    for _ in range(2):          # the first is interrupted before it is counted
+        assert (layer(x[:, 50:82], cache=cache).data == y.data[:, 50:82]).all()
+    layer(x[:, 50:], cache=cache)
+    with pytest.raises(ValueError, match="layer 0 has been given 150 positions, 50 are counted"):
+        layer(x[:, 50:], cache=cache)
+
+
 def test_sequences_of_different_lengths_share_a_pool_and_give_their_blocks_back():
     (a,), x = layers("alibi"), stream(3)
     cache = PagedKVCache([a], 3, 12, block_size=8)

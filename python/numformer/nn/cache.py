@@ -143,15 +143,24 @@ class RollingKVCache:
             shape = batch * blocks, self.block_size, a.n_kv_head, a.head_dim
             self.keys.append(np.zeros(shape, dtype))
             self.values.append(np.zeros(shape, dtype))
+        self._ends = [0] * len(self.keys)           # of what was ever put in
 
     def attend(self, layer, query, key, value, *, window_size, dropout_p=0.0, rng=None, **keywords):
-        """As of :class:`KVCache`; what no later query sees is overwritten."""
+        """As of :class:`KVCache`; what no later query sees is overwritten.
+
+        ValueError where an input longer than a piece was not counted by :meth:`advance`, as after an interrupt: what
+        came before it is overwritten, too.
+        """
         query, key, value = _arrays(query, key, value, dropout_p, rng)
         if len(query) != self.batch:
             raise ValueError(f"RollingKVCache: a batch of {len(query)}, and the cache is for {self.batch} sequences")
         keys, values, size = self.keys[layer], self.values[layer], self.block_size
         blocks = len(keys) // self.batch
         own = np.arange(self.batch)[:, None] * blocks
+        if max(self.length - window_size[0], 0) < self._ends[layer] - blocks * size:
+            raise ValueError(f"RollingKVCache: layer {layer} has been given {self._ends[layer]} positions, "
+                             f"{self.length} are counted, and what those after them see is overwritten: begin with a "
+                             "new cache")
         parts = []
         for start in range(0, query.shape[2], self.piece):
             piece = slice(start, start + self.piece)
@@ -159,6 +168,7 @@ class RollingKVCache:
             new = old + query[:, :, piece].shape[2]
             at = np.arange(old, new)
             where = own + at // size % blocks, at % size
+            self._ends[layer] = max(self._ends[layer], new)
             keys[where], values[where] = key[:, :, piece].swapaxes(1, 2), value[:, :, piece].swapaxes(1, 2)
             first = max(old - window_size[0], 0) // _WHOLE * _WHOLE
             table = own + np.arange(first // size, -(-new // size)) % blocks
