@@ -344,6 +344,14 @@ def test_a_cache_of_no_size_is_refused_when_it_is_made(make, match):
         make(layer)
 
 
+@pytest.mark.parametrize("rows", [[1, 1], [0, -3], [3], [-4], [1.0], [True, False, False], [[0]], []])
+def test_what_names_no_sequences_of_a_pool_is_refused(rows):
+    cache = PagedKVCache([MultiHeadAttention(16, 2, rng=np.random.default_rng(0))], 3, 4)
+    with pytest.raises(ValueError, match=r"PagedKVCache: rows must be different integers within 0 .. 2, got \["):
+        cache.of(rows)
+    assert cache.of(1).rows.tolist() == [1] and cache.of([-1, 0]).rows.tolist() == [2, 0]
+
+
 @pytest.mark.parametrize(("keywords", "error", "match"), [
     ({"cache": 3}, TypeError, "cache must be a KVCache, RollingKVCache or PagedKVCache, got int"),
     ({"rotary": 3}, TypeError, r"rotary must be the pair \(cos, sin\), as rotary_tables gives it, got 3"),

@@ -231,9 +231,14 @@ class PagedKVCache:
         self._free = list(range(num_blocks - 1, -1, -1))
 
     def of(self, rows):
-        """The same cache for a call about these sequences alone, such as one prompt."""
+        """The same cache for a call about these sequences alone, such as one prompt. ValueError unless `rows` are
+        different integers that name them."""
+        chosen, batch = np.atleast_1d(np.asarray(rows)), len(self.lengths)
+        if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or (chosen < -batch).any() or (chosen >= batch).any() or (
+                len(set((chosen % batch).tolist())) < len(chosen)):
+            raise ValueError(f"PagedKVCache: rows must be different integers within 0 .. {batch - 1}, got {rows!r}")
         twin = copy.copy(self)
-        twin.rows = np.asarray(rows)
+        twin.rows = chosen % batch
         return twin
 
     @property
