@@ -305,6 +305,8 @@ def test_a_window_may_come_as_an_array_or_a_list(record):
     ({"softcap": "none"}, TypeError, "attention: softcap must be a real number, got 'none'"),
     ({"softcap": np.ones(2)}, TypeError, "attention: softcap must be a real number, got array"),
     ({"scale": np.ones(2)}, TypeError, "attention: scale must be a real number, got array"),
+    ({"scale": nf.Tensor(1.0, requires_grad=True)}, TypeError, "scale must be .* has no gradient, got a Tensor that"),
+    ({"softcap": nf.Tensor(1.0, requires_grad=True)}, TypeError, "softcap must be .* has no gradient, got a Tensor"),
     ({"softcap": -1.0}, ValueError, "softcap must be finite and not negative"),
     ({"softcap": np.inf}, ValueError, "softcap must be finite and not negative"),
     ({"dropout_p": 1.0, "rng": np.random.default_rng(0)}, ValueError, "dropout_p must be at least 0 and below 1"),

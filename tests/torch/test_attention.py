@@ -220,6 +220,14 @@ def test_bad_input_is_refused_and_named(change, error, match):
         nft.scaled_dot_product_attention(*change(q, k, v))
 
 
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("scale", ["x", torch.ones((), requires_grad=True)])
+def test_a_scale_that_is_no_number_or_wants_a_gradient_is_refused(scale, record):
+    q, k, v = (x.detach().requires_grad_(record) for x in tensors(SQUARE))
+    with pytest.raises(TypeError, match="scaled_dot_product_attention: scale must be a real number,"):
+        nft.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_cuda_tensor_is_refused():
     with pytest.raises(TypeError, match="on cuda"):

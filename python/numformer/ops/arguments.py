@@ -76,7 +76,11 @@ def need_seed(seed, op):
 
 
 def as_number(x, op, name):
-    """`x`, a real number of any kind, as a float. TypeError for anything else."""
+    """`x`, a real number of any kind, as a float. TypeError for anything else, and for a tensor whose gradient is
+    wanted, since what takes a number gives it none."""
+    if getattr(x, "requires_grad", False):
+        raise TypeError(f"{op}: {name} must be a real number, and has no gradient, got a {type(x).__name__} that "
+                        "requires one: .detach() it, or multiply by it outside")
     try:
         return math.fsum((x,))      # float would read text
     except (TypeError, OverflowError):

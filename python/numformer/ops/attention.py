@@ -69,6 +69,8 @@ def scaled_dot_product_attention_forward(query, key, value, attn_mask=None, drop
     op = _OP if features.get("cu_seqlens_q") is None else "attention_varlen"
     query, key, value, attn_mask, alibi_slopes, sinks = as_arrays(
         op, query=query, key=key, value=value, attn_mask=attn_mask, alibi_slopes=alibi_slopes, sinks=sinks)
+    if scale is not None and type(scale) is not float:
+        scale = as_number(scale, op, "scale")
     causal = _causal(is_causal, causal_align, op)
     features = _features(alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, **features)
     out, lse, stats, exact = _core.attention_forward(query, key, value, attn_mask, scale, causal, features, out, 2)
