@@ -14,6 +14,7 @@ import sys
 
 import numpy as np
 import torch
+from torch.autograd.forward_ad import unpack_dual
 
 import numformer as nf
 from numformer.ops.attention import scaled_dot_product_attention_backward as attention_backward
@@ -142,7 +143,7 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     ValueError
         If shapes do not fit together, or a number is out of its range.
     RuntimeError
-        If a gradient of the gradient is asked for.
+        If a gradient of the gradient, or one of forward mode, is asked for.
     """
     inputs = [query, key, value, attn_mask, alibi_slopes, sinks]
     for x, name in zip(inputs, _NAMES):
@@ -167,7 +168,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     keywords = {"is_causal": bool(is_causal), "causal_align": causal_align, "scale": scale, "window_size": window_size,
                 "softcap": softcap, "kv_lengths": None if kv_lengths is None else np.asarray(kv_lengths),
                 "dropout_p": dropout_p, "rng": rng}
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if recorded or any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
         out, lse = _Attention.apply(*inputs, keywords)
     else:
         query, key, value, attn_mask, slopes, sinks = (_array(x, name) for x, name in zip(inputs, _NAMES))

@@ -168,6 +168,14 @@ def test_torch_watches_what_was_saved():
         out.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")         # of torch about itself
+@pytest.mark.parametrize("record", [False, True])
+def test_a_derivative_of_forward_mode_is_refused(record):
+    q, k, v = (x.detach().requires_grad_(record) for x in tensors(SQUARE))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode"):
+        nft.scaled_dot_product_attention(q, torch.autograd.forward_ad.make_dual(k, torch.ones_like(k)), v)
+
+
 def test_a_second_derivative_is_refused():
     query, key, value = tensors(SQUARE)
     out = nft.scaled_dot_product_attention(query, key, value)
