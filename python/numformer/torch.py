@@ -194,7 +194,7 @@ def _four_axes(inputs, lead):
     if len(lead) <= 1:
         return [*(x[(None,) * (4 - x.ndim)] for x in heads), mask]
     if mask is not None and mask.ndim > 3:
-        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
     return [*(x.reshape(math.prod(lead), *x.shape[-3:]) for x in heads), mask]
 
 

@@ -84,6 +84,14 @@ def test_leading_axes_may_be_any_number(shapes):
     compare(shapes, torch.randn((7, 9), dtype=torch.float64))
 
 
+def test_no_queries_of_five_axes_have_no_results_and_a_mask_no_gradient():
+    query, key, value = tensors(((2, 3, 4, 0, 8), (2, 3, 4, 9, 8), (2, 3, 4, 9, 4)))
+    mask = torch.zeros((3, 1, 0, 9), requires_grad=True)
+    out = nft.scaled_dot_product_attention(query, key, value, mask)
+    out.sum().backward()
+    assert out.shape == (2, 3, 4, 0, 4) and mask.grad.shape == mask.shape and not key.grad.any()
+
+
 def test_gradcheck_with_everything_that_has_a_gradient():
     query, key, value = tensors(((2, 4, 5, 3), (2, 2, 6, 3), (2, 2, 6, 2)), torch.float64)
     mask, slopes, sinks = tensors(((4, 1, 6), (4,), (4,)), torch.float64, seed=3)
