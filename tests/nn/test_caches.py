@@ -269,6 +269,8 @@ def test_a_map_of_one_row_holds_no_square():
     ({"dropout": "some"}, TypeError, "dropout must be a real number, got 'some'"),
     ({"alibi": "yes"}, TypeError, "alibi must be a bool or 4 slopes, got 'yes'"),
     ({"alibi": None}, TypeError, "alibi must be a bool or 4 slopes, got None"),
+    ({"alibi": True, "causal": False}, ValueError, "alibi lowers .* would raise those of keys ahead"),
+    ({"alibi": np.ones(4), "causal": False, "window_size": (5, 1)}, ValueError, "would raise those of keys ahead"),
 ])
 def test_options_that_mean_nothing_are_refused(keywords, error, match):
     with pytest.raises(error, match=f"MultiHeadAttention: .*{match}"):

@@ -97,7 +97,7 @@ class MultiHeadAttention(Module):
         bound.
     alibi : bool or ndarray (n_head,)
         Lower scores by distance (Press et al. 2022), instead of rotary positions: with these slopes, or where True
-        with those of :func:`numformer.alibi_slopes`.
+        with those of :func:`numformer.alibi_slopes`. Not where a query sees keys ahead, whose scores it would raise.
     rng : numpy.random.Generator
 
     Attributes
@@ -126,6 +126,9 @@ class MultiHeadAttention(Module):
                              f"ahead where causal, got {window_size} and causal={causal}")
         if not 0 <= as_number(dropout, "MultiHeadAttention", "dropout") < 1:
             raise ValueError(f"MultiHeadAttention: dropout must be in [0, 1), got {dropout}")
+        if alibi is not False and not causal and right != 0:
+            raise ValueError("MultiHeadAttention: alibi lowers the scores of keys by how far back they are, and would "
+                             "raise those of keys ahead: leave it out, or let no query see ahead, by causal=True")
         self.causal, self.window_size = causal, (left, right)
         self.slopes = None
         if alibi is not False:
