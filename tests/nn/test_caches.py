@@ -179,6 +179,18 @@ def test_types_that_no_cache_holds_are_refused():
         PagedKVCache(attentions, 1, 8, dtype=np.int32)
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [(np.float32, np.float64), (np.float64, np.float32),
+                                               (np.float64, np.int8)])
+def test_a_cache_of_no_dtype_for_the_model_is_named(dtype, stored):
+    layer = MultiHeadAttention(16, 2, window_size=(3, 0), rng=np.random.default_rng(0), dtype=dtype)
+    caches = [PagedKVCache([layer], 1, 4, dtype=stored)]
+    if stored != np.int8:
+        caches += [KVCache([layer], 1, 8, stored), RollingKVCache([layer], 1, stored)]
+    for cache in caches:
+        with pytest.raises(TypeError, match=f"cache is of {np.dtype(stored)} and the model of {np.dtype(dtype)}: make"):
+            layer(np.ones((1, 4, 16), dtype), cache=cache)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_every_form_are_those_of_its_parts(form):
     """The packed path against query, key and value apart."""

@@ -17,10 +17,13 @@ __all__ = ["KVCache", "PagedKVCache", "RollingKVCache"]
 _WHOLE = 4096       # the kernels cut keys from the first on, into pieces of which this is a multiple
 
 
-def _arrays(query, key, value, dropout_p, rng):
-    """What is to be cached, as arrays."""
+def _arrays(query, key, value, stored, dropout_p, rng):
+    """What is to be cached, as arrays; `stored` is the dtype of the cache."""
     if dropout_p:
         raise ValueError("attention: a cache is for inference, and there is dropout: call eval() on the model first")
+    if (query.dtype == np.float64) != (stored == np.float64):
+        raise TypeError(f"attention: the cache is of {stored} and the model of {query.dtype}: make it of the model's "
+                        "dtype, or for float32 of a shorter one")
     return [x.detach().data if type(x) is Tensor else x for x in (query, key, value)]
 
 
@@ -69,7 +72,7 @@ class KVCache:
 
     def attend(self, layer, query, key, value, *, dropout_p=0.0, rng=None, **keywords):
         """Attend to all of `layer` so far and to `key` and `value` (B, Hkv, S, D), which are put behind it."""
-        query, key, value = _arrays(query, key, value, dropout_p, rng)
+        query, key, value = _arrays(query, key, value, self.keys[layer].dtype, dropout_p, rng)
         if self.keys[layer].dtype == query.dtype:
             return nf.scaled_dot_product_attention(query, *self.extend(layer, key, value), **keywords)
         keys, values = (x.swapaxes(1, 2) for x in self.extend(layer, key, value))       # a block for each sequence
@@ -151,7 +154,7 @@ class RollingKVCache:
         ValueError where an input longer than a piece was not counted by :meth:`advance`, as after an interrupt: what
         came before it is overwritten, too.
         """
-        query, key, value = _arrays(query, key, value, dropout_p, rng)
+        query, key, value = _arrays(query, key, value, self.keys[layer].dtype, dropout_p, rng)
         if len(query) != self.batch:
             raise ValueError(f"RollingKVCache: a batch of {len(query)}, and the cache is for {self.batch} sequences")
         keys, values, size = self.keys[layer], self.values[layer], self.block_size
@@ -251,7 +254,7 @@ class PagedKVCache:
 
     def attend(self, layer, query, key, value, *, dropout_p=0.0, rng=None, **keywords):
         """As of :class:`KVCache`, row i of the batch being sequence ``rows[i]``."""
-        query, key, value = _arrays(query, key, value, dropout_p, rng)
+        query, key, value = _arrays(query, key, value, self.keys[layer].dtype, dropout_p, rng)
         if len(query) != len(self.rows):
             raise ValueError(f"PagedKVCache: a batch of {len(query)} for {len(self.rows)} sequences: choose them by "
                              ".of(rows)")
