@@ -154,6 +154,13 @@ def test_a_source_that_does_not_parse_gives_no_functions():
     assert cut_functions("def f(x):\n  return (\n") == []
 
 
+@pytest.mark.parametrize("sign", ["\f", "\v", "\x1c", "\x85", "\u2028"])
+def test_a_sign_that_ends_no_line_of_python_moves_no_function(sign):
+    source = f"# a page\n\f\nmark = '{sign}'\ndef keep(thing):\n    return thing, '{sign}'\n"
+    assert cut_functions(source) == [("def keep(thing):\n", f"    return thing, '{sign}'\n")]
+    assert cut_functions(source.replace("\n", "\r\n"))[0][0] == "def keep(thing):\r\n"
+
+
 def test_paragraphs_are_cut_between_words_and_nothing_is_lost():
     text = "one two three four five six\n\n\nshort one\n\nseven eight nine ten eleven twelve thirteen"
     pairs = cut_paragraphs(text)

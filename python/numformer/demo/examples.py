@@ -1,5 +1,6 @@
 """Prompts with completions cut from the corpus: functions of Python, or paragraphs where there are too few of them."""
 import ast
+import io
 import re
 import textwrap
 import warnings
@@ -33,7 +34,7 @@ def cut_functions(text):
         tree = parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text, newline=""))        # as the tree counts them: a form feed ends none
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef) or not named_arguments(node):
@@ -53,7 +54,7 @@ def cut_functions(text):
         # only "def", its arguments and a colon: no comments between header and body
         if not header.startswith("def ") or not header.rstrip().endswith(":") or margin.strip():
             continue
-        body_text = textwrap.indent(inner, "    ").rstrip() + "\n"
+        body_text = re.sub(r"^(?=.*\S)", "    ", inner, flags=re.MULTILINE).rstrip() + "\n"
         try:
             parse(header + body_text)
         except (SyntaxError, ValueError):
