@@ -1,10 +1,12 @@
 import ast
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from numformer.demo import data
 from numformer.demo.corpus import HELD_OUT, Document, bits_per_byte_of_compressors, read_documents, split
 from numformer.demo.errors import DemoError
 from numformer.demo.examples import FUNCTIONS, PARAGRAPHS, cut_functions, cut_paragraphs
@@ -63,6 +65,23 @@ def test_where_no_number_is_low_enough_the_lowest_are_held_out():
 def test_compressors_are_measured_on_the_bytes():
     found = bits_per_byte_of_compressors([Document("a", "ä" * 5000, 10000, 0), Document("b", "ä" * 5000, 10000, 1)])
     assert 0 < found["gzip"] < found["gzip_by_file"] < 0.1 and 0 < found["xz"] < found["xz_by_file"] < 0.2
+
+
+def test_a_text_that_says_end_does_not_end_there(tmp_path):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("tqdm")
+    words = np.array(["one", "two", "three", "four", "five", "<|end|>"])
+    for i, rows in enumerate(np.random.default_rng(0).integers(6, size=(30, 60, 24))):
+        paragraphs = [" ".join(words[row]) for row in rows]
+        (tmp_path / f"{i}.txt").write_text("\n\n".join(paragraphs))
+    run = SimpleNamespace(folder=tmp_path / "out", plan=plan_for(0), data=tmp_path, seed=0)
+    result, _ = data.work(run)
+    corpus = data.Corpus(run)
+    for path, files in ((corpus.train, result["train_files"]), (corpus.held_out, result["held_out_files"])):
+        assert (np.load(path) == corpus.end).sum() == files
+    for prompt, completion in corpus.examples["train"]:
+        assert corpus.end not in prompt and completion.index(corpus.end) == len(completion) - 1
+    assert corpus.decode(corpus.tokenizer.encode(paragraphs[0]).ids) == paragraphs[0]
 
 
 def test_only_text_is_read(tmp_path):

@@ -108,6 +108,7 @@ def train_tokenizer(documents, vocab_size):
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    tokenizer.encode_special_tokens = True         # a text that says <|end|> does not end there
     return tokenizer
 
 

@@ -35,6 +35,7 @@ class Corpus:
         try:
             TokenShards([self.train, self.held_out])
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.tokenizer.encode_special_tokens = True     # which no file keeps
             self.examples = json.loads((folder / "examples.json").read_text())
             self.kind = self.examples.pop("kind")
         except Exception as error:      # tokenizers raises Exception itself
