@@ -98,6 +98,15 @@ def test_only_text_is_read(tmp_path):
     assert all(0 <= d.number < 1000 and d.size == len(text) for d in found)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    source = "def keep(thing):\n    return thing\n" * 1000
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(source, encoding="utf-8-sig")
+    for document in read_documents(tmp_path, 1_000_000):
+        assert (document.text, document.size) == (source, len(source))
+        assert cut_functions(document.text)
+
+
 def test_no_more_is_read_than_asked_for(tmp_path):
     for i in range(10):
         (tmp_path / f"{i}.txt").write_text("word " * 2000)

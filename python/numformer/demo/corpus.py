@@ -1,4 +1,5 @@
 """The text of a run: files, the held-out split, a byte-level BPE, and what gzip and xz make of the same files."""
+import codecs
 import gzip
 import hashlib
 import lzma
@@ -34,7 +35,8 @@ class Document:
 def read_documents(folder, most, without=None):
     """The text files of `folder`, or, where it is None, the interpreter's standard library without its tests.
 
-    Hidden files and folders, links, files that are not UTF-8 or hold a zero byte, and files above 4 MB are left out.
+    Hidden files and folders, links, files that are not UTF-8 or hold a zero byte, and files above 4 MB are left out, as
+    is the byte order mark that a file may begin with.
     Where the rest is more than `most` bytes, files are taken in the order of a hash of their paths. Nor is the folder
     `without` read, where a run writes.
 
@@ -78,7 +80,7 @@ def _read(path):
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST:
             return None
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError:             # not ours to read
         return None
     try:
