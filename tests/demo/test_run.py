@@ -86,6 +86,21 @@ def test_the_report_needs_nothing_from_outside(whole):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower().split()
 
 
+def test_control_signs_that_a_model_says_reach_neither_the_terminal_nor_the_report(whole, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    lines = read(folder)
+    for model in lines[-1]["models"]:
+        model["samples"][0]["text"] = "red \x1b[31m bell \a nul \0 line\r\n back\r page\f c1 \x9b tab\t end"
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, out, error = corpus.run("--resume", "--out", folder)
+    assert code == 0, error
+    for text in out, (folder / "report.html").read_text():
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text)
+        assert "red \ufffd[31m bell \ufffd nul \ufffd line\n" in text
+        assert " back\ufffd page\ufffd c1 \ufffd tab\t end" in text
+
+
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(whole, source, tmp_path):
     folder = tmp_path / "out"
     total = len((whole[0] / "metrics.jsonl").read_text().splitlines())

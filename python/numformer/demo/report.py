@@ -178,7 +178,7 @@ _SECTIONS = [("data", _data), ("pretrain-dense", _pretrain), ("ppo", _align), ("
 
 
 def _text(value):
-    return html.escape(str(value))
+    return html.escape(talk.shown(str(value)))
 
 
 def _title(number, text):

@@ -60,7 +60,8 @@ def go(run):
                     run.discard()
                 raise
             run.end_stage(result, speeds)
-        print(f"{stage.title:<20} {stage.say(run.results[stage.name], run.speeds[stage.name])}", flush=True)
+        said = stage.say(run.results[stage.name], run.speeds[stage.name])
+        print(f"{stage.title:<20} {talk.shown(said)}", flush=True)
     path = report.write(run)
     run.finish()
     print(f"{'report':<20} {path} ({time.perf_counter() - begin:.0f} s in all)", flush=True)

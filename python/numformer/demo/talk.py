@@ -1,4 +1,6 @@
 """Stage 6: the same prompt and seed through every model; and what their heads look at."""
+import re
+
 import numpy as np
 
 from numformer.demo.data import Corpus
@@ -7,7 +9,7 @@ from numformer.demo.pretrain import load
 from numformer.demo.scorer import score
 from numformer.demo.shrink import decode_speed, measure, size_of
 
-__all__ = ["MODELS", "attention_maps", "say", "work"]
+__all__ = ["MODELS", "attention_maps", "say", "shown", "work"]
 
 MODELS = {"pretrained-dense": "dense twin", "pretrained-experts": "pretrained", "sft": "fine-tuned", "ppo": "after PPO",
           "pruned": "pruned", "int8": "INT8", "int4-rtn": "4 bits, rounded", "int4-gptq": "4 bits, GPTQ"}
@@ -47,6 +49,11 @@ def say(result, speeds):
     sample = next(m for m in result["models"] if m["name"] == "int4-gptq")["samples"][0]
     text = (sample["prompt"] + sample["text"]).rstrip().replace("\n", "\n" + " " * 23)
     return f"the model of 4 bits says\n\n{' ' * 23}{text}\n"
+
+
+def shown(text):
+    """`text` without the control signs that a model may say, which a terminal obeys and HTML forbids."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def attention_maps(model, tokens):
