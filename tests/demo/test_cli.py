@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -161,6 +162,12 @@ def test_a_reader_that_goes_away_stops_the_run_in_one_line(tmp_path, source, str
     if stream == "stdout":
         assert error.splitlines()[-1] == ("numformer.demo: stopped, as nobody reads what it says; to go on: "
                                           f"python -m numformer.demo --resume --out {tmp_path}/out")
+
+
+def test_a_run_without_standard_streams_runs_to_its_end(tmp_path, source):
+    code, *_ = corpus.run("--minutes", 0, "--data", source, "--out", tmp_path / "out",
+                          preexec_fn=lambda: os.closerange(0, 3))
+    assert code == 0 and (tmp_path / "out" / "report.html").exists()
 
 
 def test_help_explains_all(capsys):
