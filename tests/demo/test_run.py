@@ -1,4 +1,5 @@
 """The demo as a user runs it: whole runs of toy size in processes of their own."""
+import html
 import json
 import random
 import re
@@ -84,6 +85,17 @@ def test_the_report_needs_nothing_from_outside(whole):
     assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.count("data:image/svg+xml;base64,") == 6
     assert "nan" not in re.sub(r"base64,[^\"]*", "", page).lower().split()
+
+
+def test_the_command_in_the_report_can_be_given_again(whole, source, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0], folder)
+    order = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(order.replace(str(source), "/my text"))
+    code, _, error = corpus.run("--resume", "--out", folder)
+    assert code == 0, error
+    page = html.unescape((folder / "report.html").read_text())
+    assert "python -m numformer.demo --minutes 0 --seed 3 --data '/my text' " in page
 
 
 def test_control_signs_that_a_model_says_reach_neither_the_terminal_nor_the_report(whole, tmp_path):

@@ -1,5 +1,6 @@
 """report.html: one page that carries its own figures and needs no script."""
 import html
+import shlex
 
 from numformer.demo import figures, talk
 from numformer.demo.data import Corpus
@@ -167,7 +168,7 @@ def _talk(run):
 
 
 def _foot(run):
-    data = f" --data {run.data}" if run.data else ""
+    data = f" --data {shlex.quote(run.data)}" if run.data else ""
     return (f'<footer class="soft">python -m numformer.demo --minutes {run.plan.minutes} --seed {run.seed}'
             f"{_text(data)} · every number is in metrics.jsonl, every duration in timings.jsonl; the models open again "
             "with numformer.models.load.</footer>")
