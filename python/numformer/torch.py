@@ -302,10 +302,11 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
     """
     from transformers import masking_utils
 
-    itself, eager = _habits(type(kwargs.get("config")))
-    if itself is not None:
-        raise ValueError(f'{itself} computes its attention itself, so attn_implementation="numformer" cannot do it: '
-                         'use "eager"')
+    config = type(kwargs.get("config"))
+    itself, eager = _habits(config)
+    if itself:
+        raise ValueError(f'a model of {config.__name__} computes its attention itself, so '
+                         'attn_implementation="numformer" cannot do it: use "eager"')
     sizes = batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask
     if eager:
         return masking_utils.eager_mask(*sizes, **kwargs)
@@ -336,8 +337,8 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
 
 @functools.cache
 def _habits(config):
-    """The name of a model of this class of configs, where none ever asks for an implementation of attention; and
-    whether they are made for the masks of "eager" alone, which they may change, and which alone make them causal.
+    """Whether the models of this class of configs never ask for an implementation of attention; and whether they are
+    made for the masks of "eager" alone, which they may change, and which alone make them causal.
     """
     from transformers import PreTrainedModel
 
@@ -347,7 +348,7 @@ def _habits(config):
     models = [m for m in below(PreTrainedModel) if m.config_class is config]
     asks = [m._supports_sdpa or hasattr(sys.modules[m.__module__], "ALL_ATTENTION_FUNCTIONS") for m in models]
     others = [m._supports_sdpa or (m._supports_attention_backend and m._supports_flash_attn) for m in models]
-    return models[-1].__name__ if models and not any(asks) else None, bool(models) and not any(others)
+    return bool(models) and not any(asks), bool(models) and not any(others)
 
 
 def _rule(function, masking_utils):
