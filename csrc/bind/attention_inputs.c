@@ -292,11 +292,32 @@ type_of(PyObject *object, int cache, const char *op, const char *name)
     return -1;
 }
 
+/* An int8 cache beside what it does not go with: a conversion would lose the scales. */
+static int
+check_int8(PyArrayObject *query, PyArrayObject *keys, PyArrayObject *values, const char *op)
+{
+    const int bytes = PyArray_TYPE(keys) == NPY_INT8;
+    if (bytes == (PyArray_TYPE(values) == NPY_INT8)
+        && !(bytes && PyArray_TYPE(query) == NPY_DOUBLE)) {
+        return 0;
+    }
+    PyErr_Format(
+        PyExc_TypeError,
+        "%s: int8 is for key_cache and value_cache together, with their scales, and "
+        "for a query of float32, float16 or bfloat16, got %S, %S and %S",
+        op, PyArray_DESCR(keys), PyArray_DESCR(values), PyArray_DESCR(query));
+    return -1;
+}
+
 static int
 take_arrays(nf_attention_call *c, PyObject *const *args, int paged)
 {
     const int type = type_of(args[0], 0, c->op, "query");
     if (type < 0 || (c->q = nf_attention_take(args[0], type, c->op, "query")) == NULL) {
+        return -1;
+    }
+    if (paged
+        && check_int8(c->q, (PyArrayObject *)args[1], (PyArrayObject *)args[2], c->op)) {
         return -1;
     }
     c->type = type;

@@ -373,8 +373,12 @@ def test_wrong_types_are_named_in_the_error():
         nf.paged_attention(q, floats, floats, [[0]], [10], key_scale=scale, value_scale=scale)
     with pytest.raises(TypeError, match=r"key_cache must be float32, float16, bfloat16 .* or int8, got float64"):
         nf.paged_attention(q, floats.astype(float), floats, [[0]], [10])
-    with pytest.raises(TypeError, match="value_cache must be float32"):
-        nf.paged_attention(q, floats, cache, [[0]], [10])
+    with pytest.raises(TypeError, match="value_cache must be float32, got float16"):
+        nf.paged_attention(q, floats, cache.astype(np.float16), [[0]], [10])
+    for wrong in ((q, floats, cache), (q, cache, floats), (q.astype(float), cache, cache)):
+        with pytest.raises(TypeError, match="int8 is for key_cache and value_cache together") as info:
+            nf.paged_attention(*wrong, [[0]], [10], key_scale=scale, value_scale=scale)
+        assert str(info.value).endswith("got {1.dtype}, {2.dtype} and {0.dtype}".format(*wrong))
     with pytest.raises(TypeError, match="key_cache must be float64"):
         nf.paged_attention(q.astype(float), floats, floats, [[0]], [10])
 
