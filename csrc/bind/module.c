@@ -99,7 +99,7 @@ exec_module(PyObject *module)
 
 static PyMethodDef methods[] = {
     {"set_num_threads", set_num_threads, METH_O,
-     "set_num_threads(n)\n--\n\nUse n threads in every kernel from now on."},
+     "set_num_threads(n, /)\n--\n\nUse n threads in every kernel from now on."},
     {"get_num_threads", get_num_threads, METH_NOARGS,
      "get_num_threads()\n--\n\nThreads that kernels use."},
     {"get_isa", get_isa, METH_NOARGS,
