@@ -131,6 +131,14 @@ def test_a_folder_without_text_is_refused(tmp_path):
         read_documents(tmp_path, 1000)
     with pytest.raises(DemoError, match="no such folder"):
         read_documents(tmp_path / "missing", 1000)
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"word " * 900_000)
+    with pytest.raises(DemoError, match="and links, hidden files, files above 4 MB and what is not UTF-8 do not"):
+        read_documents(tmp_path, 16_000_000)
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"word " * 700_000)
+    with pytest.raises(DemoError, match="files above 2 MB"):
+        read_documents(tmp_path, 2_000_000)
 
 
 # examples

@@ -72,7 +72,8 @@ def read_documents(folder, most, without=None):
                                       int.from_bytes(key, "big") % 1000))
     if size < LEAST or len(documents) < 2:
         raise DemoError(f"--data {root}: {len(documents)} text files of {size:,} bytes; at least 2 files and "
-                        f"{LEAST:,} bytes are needed")
+                        f"{LEAST:,} bytes are needed, and links, hidden files, files above "
+                        f"{min(LARGEST, most) / 1e6:g} MB and what is not UTF-8 do not count")
     return sorted(documents, key=lambda document: document.path)
 
 
