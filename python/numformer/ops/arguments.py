@@ -114,6 +114,18 @@ def same_dtype(op, **arrays):
         raise TypeError(f"{op}: all arrays must have the same dtype, got {came}; convert with .astype")
 
 
+def as_gradient(dy, shape, dtype, op):
+    """`dy`, the gradient of an output of that shape and dtype, as an array; a number where the output has no axis.
+    TypeError or ValueError for any other."""
+    if type(dy) is not np.ndarray:
+        dy = as_array(dy, op, "dy") if shape else np.asarray(as_number(dy, op, "dy"), dtype)
+    if dy.dtype != dtype:
+        raise TypeError(f"{op}: dy must be {dtype}, got {dy.dtype}; convert it with .astype(numpy.{dtype})")
+    if dy.shape != shape:
+        raise ValueError(f"{op}: dy must have shape {shape}, got {dy.shape}")
+    return dy
+
+
 def check_out(out, x, op):
     """TypeError or ValueError unless `out`, where one is given, can hold a result of the shape and dtype of `x`."""
     if out is None:

@@ -2,7 +2,7 @@
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_integer, as_number, choose
+from numformer.ops.arguments import as_array, as_gradient, as_integer, as_number, choose
 from numformer.tensor import apply
 
 __all__ = ["cross_entropy", "cross_entropy_backward", "cross_entropy_forward", "softmax_entropy",
@@ -37,6 +37,7 @@ def cross_entropy_forward(logits, targets, ignore_index=-100, label_smoothing=0.
 def cross_entropy_backward(dy, saved):
     """Return the gradients of `logits` and, None, of `targets`."""
     logits, targets, lse, ignore_index, label_smoothing, z_loss, share, single = saved
+    dy = as_gradient(dy, () if single else logits.shape[:-1], logits.dtype, "cross_entropy_backward")
     return _core.cross_entropy_backward(dy, logits, targets, lse, ignore_index, label_smoothing, z_loss, 1.0, 1.0,
                                         share, single), None
 

@@ -1,6 +1,6 @@
 """SiLU and the gated units: SwiGLU and GEGLU (Shazeer 2020, arXiv:2002.05202)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats, check_apart, check_out, choose
+from numformer.ops.arguments import as_floats, as_gradient, check_apart, check_out, choose
 from numformer.tensor import Tensor, apply
 
 __all__ = ["geglu", "geglu_backward", "geglu_forward", "silu", "silu_backward", "silu_forward", "swiglu",
@@ -18,7 +18,7 @@ def silu_forward(x, *, out=None):
 
 def silu_backward(dy, saved):
     """Return the gradient with respect to `x`, in a tuple."""
-    return (_core.pooled(_core.silu_backward, saved, dy),)
+    return (_core.pooled(_core.silu_backward, saved, as_gradient(dy, saved.shape, saved.dtype, "silu_backward")),)
 
 
 def silu(x, *, out=None):

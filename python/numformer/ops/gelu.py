@@ -1,6 +1,6 @@
 """GeLU, the Gaussian error linear unit (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 from numformer import _core
-from numformer.ops.arguments import as_floats, check_apart, check_out, choose
+from numformer.ops.arguments import as_floats, as_gradient, check_apart, check_out, choose
 from numformer.tensor import Tensor, apply
 
 __all__ = ["bias_gelu", "bias_gelu_backward", "bias_gelu_forward", "gelu", "gelu_backward", "gelu_forward"]
@@ -21,7 +21,7 @@ def gelu_forward(x, approximate="none", *, out=None):
 def gelu_backward(dy, saved):
     """Return the gradient with respect to `x`, in a tuple."""
     x, approximate = saved
-    return (_core.pooled(_BACKWARD[approximate], x, dy),)
+    return (_core.pooled(_BACKWARD[approximate], x, as_gradient(dy, x.shape, x.dtype, "gelu_backward")),)
 
 
 def gelu(x, approximate="none", *, out=None):

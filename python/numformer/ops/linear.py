@@ -5,7 +5,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import PLAIN, as_arrays, as_floats, as_rows, choose
+from numformer.ops.arguments import PLAIN, as_arrays, as_floats, as_gradient, as_rows, choose
 from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
@@ -40,6 +40,7 @@ def linear_forward(x, weight, bias=None, residual=None, *, activation=None, out=
 def linear_backward(dy, saved):
     """Return the gradients of x, weight, bias and residual: None where there is none."""
     x, weight, bias, residual, activation, pre, (x_wanted, weight_wanted) = saved
+    dy = as_gradient(dy, (*x.shape[:-1], len(weight)), x.dtype, "linear_backward")
     dz = dy if activation is None else pooled(_ACTIVATIONS[activation][1], pre, dy)
     rows = as_rows(dz)
     dx = _core.product(rows, weight, None, False).reshape(x.shape) if x_wanted else None
@@ -103,6 +104,7 @@ def grouped_linear_forward(x, weight, offsets, bias=None):
 def grouped_linear_backward(dy, saved):
     """Return the gradients of x and weight, None for offsets, and that of bias (None where there is none)."""
     x, weight, offsets, bias = saved
+    dy = as_gradient(dy, (len(x), weight.shape[1]), x.dtype, "grouped_linear_backward")
     dbias = None
     if bias:
         dbias = np.stack([_core.sum_rows(dy[i:j]) for i, j in itertools.pairwise(offsets)]) if len(weight) else \

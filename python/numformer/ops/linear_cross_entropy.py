@@ -3,7 +3,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import as_array, as_floats, check_ids, same_dtype
+from numformer.ops.arguments import as_array, as_floats, as_gradient, check_ids, same_dtype
 from numformer.ops.cross_entropy import cross_entropy_backward, cross_entropy_forward, loss_options
 from numformer.tensor import Tensor, apply, is_recording
 
@@ -72,7 +72,7 @@ def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, lab
         if made is not None:
             dlogits, _ = cross_entropy_backward(np.full(j - i, share, rows.dtype), inner)
             _gradients(dlogits, rows[i:j], weight, made[0][i:j], made[1])
-    saved = hidden.shape, rows, weight, flat, kept, share, ignore_index, options, made
+    saved = hidden.shape, rows, weight, flat, kept, share, reduction, ignore_index, options, made
     if reduction == "none":
         loss = np.zeros(targets.shape, hidden.dtype)
         loss.reshape(-1)[slice(None) if kept is None else kept] = losses
@@ -82,8 +82,8 @@ def linear_cross_entropy_forward(hidden, weight, targets, ignore_index=-100, lab
 
 def linear_cross_entropy_backward(dy, saved):
     """Return the gradients of hidden and weight and, None, of targets."""
-    shape, rows, weight, targets, kept, share, ignore_index, options, made = saved
-    dy = np.asarray(dy, rows.dtype)
+    shape, rows, weight, targets, kept, share, reduction, ignore_index, options, made = saved
+    dy = as_gradient(dy, shape[:-1] if reduction == "none" else (), rows.dtype, f"{_OP}_backward")
     if made is None:
         dhidden, dweight = pooled(np.empty, rows.shape, rows.dtype), pooled(np.zeros, weight.shape, weight.dtype)
         each = np.broadcast_to(dy * rows.dtype.type(share), len(targets)) if dy.ndim == 0 else dy.reshape(-1)

@@ -9,7 +9,7 @@ A token t has top_k slots. The slots that are not dropped, sorted by expert and 
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_floats, as_integer, as_number, choose, same_dtype
+from numformer.ops.arguments import as_array, as_floats, as_gradient, as_integer, as_number, choose, same_dtype
 from numformer.tensor import Tensor, apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
@@ -349,7 +349,7 @@ def mlp_backward(dy, saved):
     """
     x, weight, gate_up, down, hidden, routing = saved
     order, offsets = routing.order, routing.offsets
-    dy = _core.moe_dispatch(dy, order)
+    dy = _core.moe_dispatch(as_gradient(dy, x.shape, x.dtype, "mlp_backward"), order)
     dacted = _core.grouped_linear(dy, down, offsets, None, True)
     acted, dhidden, dweight = _core.moe_swiglu_backward(hidden, dacted, weight, order)
     ddown = _core.grouped_outer(dy, acted, offsets)

@@ -2,7 +2,7 @@
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_rows, check_ids, choose
+from numformer.ops.arguments import as_array, as_gradient, as_rows, check_ids, choose
 from numformer.ops.arithmetic import concatenate
 from numformer.ops.gated import silu_backward, silu_forward, swiglu
 from numformer.ops.gelu import gelu_backward, gelu_forward
@@ -35,18 +35,20 @@ def linear_forward(x, qweight, bias=None, *, compute="int8", activation=None, ou
     x = as_array(x, "quant.linear", "x")
     bias = None if bias is None else as_array(bias, "quant.linear", "bias")
     if not keep or forward is None:
-        return _core.quant_linear(x, qweight.packed(), bias, integers, number, out), (qweight, bias, activation, None)
+        y = _core.quant_linear(x, qweight.packed(), bias, integers, number, out)
+        return y, (y.shape, qweight, bias, activation, None)
     pre = _core.quant_linear(x, qweight.packed(), bias, integers, 0, out)
     y, inner = forward(pre if out is None else pre.copy())
     if out is not None:
         out[...] = y
         y = out
-    return y, (qweight, bias, activation, inner)
+    return y, (y.shape, qweight, bias, activation, inner)
 
 
 def linear_backward(dy, saved):
     """Return the gradient with respect to `x`, None, and that with respect to `bias` (None where there is none)."""
-    qweight, bias, activation, inner = saved
+    shape, qweight, bias, activation, inner = saved
+    dy = as_gradient(dy, shape, np.dtype(np.float32), "quant.linear_backward")
     if activation is not None:
         dy = _ACTIVATIONS[activation][2](dy, inner)[0]
     rows, weight = as_rows(dy), qweight.dequantize()

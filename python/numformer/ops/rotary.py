@@ -2,7 +2,7 @@
 from numpy import ndarray
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_integer, check_apart
+from numformer.ops.arguments import as_array, as_gradient, as_integer, check_apart
 from numformer.tensor import Tensor, apply
 
 __all__ = ["rotary_embedding", "rotary_embedding_backward", "rotary_embedding_forward"]
@@ -20,12 +20,14 @@ def rotary_embedding_forward(x, cos, sin, interleaved=False, rotary_dim=None, ou
             cos = cos[..., ::2] if interleaved else cos[..., : rotary_dim // 2]
         if rotary_dim and sin.shape[-1] == rotary_dim:
             sin = sin[..., ::2] if interleaved else sin[..., : rotary_dim // 2]
-    return _core.rotary(x, cos, sin, rotary_dim or 0, interleaved, False, out), (cos, sin, rotary_dim, interleaved)
+    y = _core.rotary(x, cos, sin, rotary_dim or 0, interleaved, False, out)
+    return y, (x.shape, cos, sin, rotary_dim, interleaved)
 
 
 def rotary_embedding_backward(dy, saved):
     """Return the gradients of `x` and, None, of `cos` and `sin`."""
-    cos, sin, rotary_dim, interleaved = saved
+    shape, cos, sin, rotary_dim, interleaved = saved
+    dy = as_gradient(dy, shape, cos.dtype, "rotary_embedding_backward")
     return _core.rotary(dy, cos, sin, rotary_dim or 0, interleaved, True, None), None, None
 
 
