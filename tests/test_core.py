@@ -35,9 +35,15 @@ def test_the_number_of_threads_is_what_was_set_or_what_openmp_says(threads):
     threads(3)
     assert nf.get_num_threads() == 3
     assert run("import numformer as nf; print(nf.get_num_threads())", OMP_NUM_THREADS="5") == "5"
-    for wrong in (0, -1, 5000):
-        with pytest.raises(ValueError, match="1 to 4096"):
+    nf.set_num_threads(n=2)
+    assert nf.get_num_threads() == 2
+    for wrong in (0, -1, 5000, 2**70):
+        with pytest.raises(ValueError, match=f"1 to 4096 threads, got {wrong}"):
             nf.set_num_threads(wrong)
+    for wrong in (1.5, "2", None):
+        with pytest.raises(TypeError, match=f"set_num_threads: n must be an integer, got {wrong!r}"):
+            nf.set_num_threads(wrong)
+    assert nf.get_num_threads() == 2
 
 
 def test_waiting_threads_spin_briefly_unless_the_user_decides():

@@ -9,17 +9,26 @@
 #include "core/threads.h"
 
 static PyObject *
-set_num_threads(PyObject *module, PyObject *arg)
+set_num_threads(PyObject *module, PyObject *args, PyObject *keywords)
 {
     (void)module;
-    const long threads = PyLong_AsLong(arg);
+    static char *names[] = {"n", NULL};
+    PyObject *n;
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O:set_num_threads", names, &n)) {
+        return NULL;
+    }
+    if (!PyIndex_Check(n)) {
+        return PyErr_Format(PyExc_TypeError,
+                            "set_num_threads: n must be an integer, got %R", n);
+    }
+    int beyond = 0;
+    const long threads = PyLong_AsLongAndOverflow(n, &beyond);
     if (threads == -1 && PyErr_Occurred()) {
         return NULL;
     }
-    if (threads < 1 || threads > 4096) {
+    if (beyond || threads < 1 || threads > 4096) {
         return PyErr_Format(PyExc_ValueError,
-                            "set_num_threads: expected 1 to 4096 threads, got %ld",
-                            threads);
+                            "set_num_threads: expected 1 to 4096 threads, got %R", n);
     }
     nf_set_num_threads((int)threads);
     Py_RETURN_NONE;
@@ -98,8 +107,9 @@ exec_module(PyObject *module)
 }
 
 static PyMethodDef methods[] = {
-    {"set_num_threads", set_num_threads, METH_O,
-     "set_num_threads(n, /)\n--\n\nUse n threads in every kernel from now on."},
+    {"set_num_threads", (PyCFunction)(void (*)(void))set_num_threads,
+     METH_VARARGS | METH_KEYWORDS,
+     "set_num_threads(n)\n--\n\nUse n threads in every kernel from now on."},
     {"get_num_threads", get_num_threads, METH_NOARGS,
      "get_num_threads()\n--\n\nThreads that kernels use."},
     {"get_isa", get_isa, METH_NOARGS,
