@@ -88,10 +88,14 @@ class AdamW:
         Raises
         ------
         TypeError
-            If a gradient is no array, or `max_norm` no number; nothing is changed then.
+            If a gradient is no array, or ``lr`` or `max_norm` no number; nothing is changed then.
         ValueError
-            If a gradient has not the shape and dtype of its parameter, or `max_norm` is below 0; nor then.
+            If a gradient has not the shape and dtype of its parameter, or ``lr`` or `max_norm` is below 0 or NaN; nor
+            then.
         """
+        lr = as_number(self.lr, "AdamW", "lr")
+        if not lr >= 0:
+            raise ValueError(f"AdamW: lr must be 0 or more, got {self.lr}")
         chosen = [i for i, p in enumerate(self.params) if p.grad is not None]
         for i in chosen:
             p = self.params[i]
@@ -112,7 +116,7 @@ class AdamW:
             some = [i for i in chosen if self.counts[i] == count]
             params = [self.params[i].data for i in some]
             adamw_step(params, [self.params[i].grad for i in some], [self.m[i] for i in some],
-                       [self.v[i] for i in some], lr=self.lr, betas=self.betas, eps=self.eps, step=int(count),
+                       [self.v[i] for i in some], lr=lr, betas=self.betas, eps=self.eps, step=int(count),
                        grad_scale=scale, weight_decay=[self.weight_decay if p.ndim > 1 else 0.0 for p in params])
         return norm
 

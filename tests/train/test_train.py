@@ -181,6 +181,16 @@ def test_a_norm_that_would_turn_gradients_round_is_refused(max_norm, error):
     assert (x.data == before[0]).all() and (x.grad == before[1]).all() and optimizer.steps == 0
 
 
+@pytest.mark.parametrize(("lr", "error"), [(-1, ValueError), (np.nan, ValueError), ("1", TypeError), (None, TypeError)])
+def test_a_rate_set_between_steps_that_is_none_changes_nothing(lr, error):
+    x = leaf(3, rng=np.random.default_rng(0))
+    optimizer, before = train.AdamW(x, 0.1), x.data.copy()
+    optimizer.lr = lr
+    with pytest.raises(error, match="AdamW: lr must be"):
+        optimizer.step()
+    assert (x.data == before).all() and optimizer.steps == optimizer.counts[0] == 0
+
+
 @pytest.mark.parametrize("gradient", [np.ones(3, np.float64), np.ones(4, np.float32)])
 def test_a_step_of_a_gradient_that_does_not_fit_changes_nothing(gradient):
     rng = np.random.default_rng(0)
