@@ -199,6 +199,10 @@ def test_adaptive_kl_follows_its_formula_and_its_bounds():
     assert 0 < short.update(0, 49) < 0.03
     with pytest.raises(ValueError, match=r"n must be below 5 horizons, 5 \* 10, got 50; .* a longer horizon"):
         short.update(0, 50)         # would be 0, and below 0 beyond
+    for wrong in ("4", None, np.array([1, 2])):
+        with pytest.raises(TypeError, match="AdaptiveKL: n must be a real number, got"):
+            short.update(0, wrong)
+    assert type(short.update(nf.Tensor(np.float32(1)), nf.Tensor(np.array(2)))) is type(short.value) is float
 
 
 def test_groups_of_equal_rewards_or_one_member_have_no_advantage():

@@ -135,17 +135,18 @@ class AdaptiveKL:
     def update(self, kl, n):
         """Take in the mean `kl` of `n` more episodes; return the new value.
 
-        ValueError where `kl` is not finite, or `n` is 5 horizons or more, which could turn the value's sign.
+        ValueError where `kl` is not finite, or `n` is 5 horizons or more, which could turn the value's sign; TypeError
+        where one is no number.
         """
-        kl = as_number(kl, "AdaptiveKL", "kl")
+        kl, episodes = as_number(kl, "AdaptiveKL", "kl"), as_number(n, "AdaptiveKL", "n")
         if not math.isfinite(kl):
             raise ValueError(f"AdaptiveKL: kl must be finite, got {kl}")
         if self.target is not None:
-            if not 0 <= n < 5 * self.horizon:
+            if not 0 <= episodes < 5 * self.horizon:
                 raise ValueError(f"AdaptiveKL: n must be below 5 horizons, 5 * {self.horizon}, got {n}; a coefficient "
                                  "below 0 would reward the KL: give a longer horizon")
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * n / self.horizon
+            self.value *= 1 + error * episodes / self.horizon
         return self.value
 
 
