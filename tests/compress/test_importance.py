@@ -100,11 +100,15 @@ def test_batches_without_end_need_a_count(tmp_path, monkeypatch):
             score(gpt(), [])
         with pytest.raises(ValueError, match="1 or more, got 0"):
             score(gpt(), endless, count=0)
+        with pytest.raises(TypeError, match=r"count must be an integer, got 1\.5"):
+            score(gpt(), endless, count=1.5)
         assert len(score(gpt(), endless, count=2)) == 3
 
 
 def test_a_model_without_the_parts_to_score_is_refused():
     with pytest.raises(TypeError, match="Linear has no MultiHeadAttention"):
         compress.head_importance(nf.nn.Linear(2, 2, rng=np.random.default_rng(0)), batches())
+    with pytest.raises(TypeError, match="head_importance: model must be a Module, got str"):
+        compress.head_importance("model", batches())
     with pytest.raises(TypeError, match="Linear has no blocks"):
         compress.layer_importance(nf.nn.Linear(2, 2, rng=np.random.default_rng(0)), batches())

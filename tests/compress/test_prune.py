@@ -142,6 +142,13 @@ def test_bad_requests_are_refused():
         compress.prune_heads(model, {-1: [0]})
     with pytest.raises(TypeError, match=r"prune_heads: head must be an integer, got 1\.5"):
         compress.prune_heads(model, {1: [1.5]})
+    for heads in ([0, 1, 2], {1: 0}):
+        with pytest.raises(TypeError, match="prune_heads: heads must be given as a list of integers, got 0"):
+            compress.prune_heads(model, heads)
+    with pytest.raises(TypeError, match=r"heads must be a dict of layer to list of heads, .*, got 3"):
+        compress.prune_heads(model, 3)
+    with pytest.raises(TypeError, match="prune_layers: layers must be given as a list of integers, got 1"):
+        compress.prune_layers(model, 1)
     with pytest.raises(TypeError, match=r"prune_layers: layer must be an integer, got 1\.5"):
         compress.prune_layers(model, [1.5])
     with pytest.raises(TypeError, match=r"prune_heads: fraction must be a real number, got '0\.5'"):

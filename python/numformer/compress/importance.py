@@ -10,7 +10,8 @@ import itertools
 
 import numpy as np
 
-from numformer.nn import MultiHeadAttention
+from numformer.nn import Module, MultiHeadAttention
+from numformer.ops.arguments import as_integer
 from numformer.tensor import Tensor
 
 __all__ = ["head_importance", "layer_importance", "take"]
@@ -20,7 +21,7 @@ def take(batches, count, op):
     """The batches as a list: the first `count`, or all of what has an end."""
     if count is None and getattr(batches, "endless", False):
         raise ValueError(f"{op}: these batches never end; say how many to take with count=")
-    if count is not None and count < 1:
+    if count is not None and as_integer(count, op, "count") < 1:
         raise ValueError(f"{op}: count must be 1 or more, got {count}")
     batches = list(itertools.islice(batches, count))
     if not batches:
@@ -53,10 +54,12 @@ def head_importance(model, batches, *, count=None, groups=False, normalize=True)
     Raises
     ------
     TypeError
-        If the model has no MultiHeadAttention.
+        If the model has no MultiHeadAttention, or `count` is no integer.
     ValueError
         If there is no batch, or no end of them and no `count`.
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"head_importance: model must be a Module, got {type(model).__name__}")
     twin = model.as_arrays()
     attentions = [part for part in twin.modules() if isinstance(part, MultiHeadAttention)]
     if not attentions:
@@ -98,7 +101,7 @@ def layer_importance(model, batches, *, count=None):
     Raises
     ------
     TypeError
-        If the model has no ``blocks``.
+        If the model has no ``blocks``, or `count` is no integer.
     ValueError
         If there is no batch, or no end of them and no `count`.
     """

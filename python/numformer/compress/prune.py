@@ -44,7 +44,7 @@ def prune_heads(model, heads=None, *, fraction=None, importance=None, rng=None):
         If a layer would have no head left, if a group of heads that share keys and values would be torn apart, if a
         head or layer does not exist, or if it is not said which heads.
     TypeError
-        If the model is no GPT of floats.
+        If the model is no GPT of floats, or heads or layers are no integers in lists.
     """
     _check(model, "prune_heads")
     if (heads is None) == (fraction is None):
@@ -103,7 +103,7 @@ def prune_layers(model, layers=None, *, fraction=None, importance=None, rng=None
     ValueError
         If no layer would be left, one does not exist, or it is not said which.
     TypeError
-        If the model is no GPT of floats.
+        If the model is no GPT of floats, or heads or layers are no integers in lists.
     """
     _check(model, "prune_layers")
     total = len(model.blocks)
@@ -112,7 +112,7 @@ def prune_layers(model, layers=None, *, fraction=None, importance=None, rng=None
     if layers is None:
         scores = _scores("prune_layers", [total], fraction, None if importance is None else [importance], rng)[0]
         layers = np.argsort(scores, kind="stable")[:round(fraction * total)]
-    gone = {_index("prune_layers", "layer", layer, total) for layer in layers}
+    gone = _indices("prune_layers", "layer", layers, total)
     keep = [layer for layer in range(total) if layer not in gone]
     if not keep:
         raise ValueError(f"prune_layers: none of the {total} layers would be left")
@@ -202,9 +202,18 @@ def _index(op, what, number, total):
     return int(number)
 
 
+def _indices(op, what, numbers, total):
+    if not np.iterable(numbers):
+        raise TypeError(f"{op}: {what}s must be given as a list of integers, got {numbers!r}")
+    return {_index(op, what, number, total) for number in numbers}
+
+
 def _named_groups(attentions, heads):
     """The key-value heads to take out of each layer, from the query heads."""
     if not isinstance(heads, dict):
+        if not hasattr(heads, "__len__"):
+            raise TypeError("prune_heads: heads must be a dict of layer to list of heads, or a list of lists, got "
+                            f"{heads!r}")
         if len(heads) != len(attentions):
             raise ValueError(f"prune_heads: heads must have a list for each of {len(attentions)} layers, "
                              f"got {len(heads)}")
@@ -212,7 +221,7 @@ def _named_groups(attentions, heads):
     groups = [[] for _ in attentions]
     for layer, gone in heads.items():
         a = attentions[_index("prune_heads", "layer", layer, len(attentions))]
-        gone, share = {_index("prune_heads", "head", head, a.n_head) for head in gone}, a.n_head // a.n_kv_head
+        gone, share = _indices("prune_heads", "head", gone, a.n_head), a.n_head // a.n_kv_head
         groups[layer] = sorted({head // share for head in gone})
         torn = [h for g in groups[layer] for h in range(g * share, (g + 1) * share) if h not in gone]
         if torn:
