@@ -100,3 +100,23 @@ NUMBERS = {
 @pytest.mark.parametrize("name", NUMBERS)
 def test_an_integer_of_numpy_is_an_integer(name, kind):
     np.testing.assert_array_equal(NUMBERS[name](kind), NUMBERS[name](int))
+
+
+NO_ARRAYS = {
+    "gelu: x": nf.gelu,
+    "layer_norm: weight": lambda x: nf.layer_norm(floats(2, 3), x),
+    "linear: weight": lambda x: nf.linear(floats(2, 3), x),
+    "grouped_linear: offsets": lambda x: nf.grouped_linear(floats(2, 3), floats(1, 4, 3), x),
+    "cross_entropy: targets": lambda x: nf.cross_entropy(floats(2, 3), x),
+    "route: logits": lambda x: nf.moe.route(x, 1),
+    "quantize: weight": nf.quant.quantize,
+    "Tensor: data": nf.Tensor,
+}
+
+
+@pytest.mark.parametrize("none", [None, [None, 1.0], {"weight": 1.0}])
+@pytest.mark.parametrize("name", NO_ARRAYS)
+def test_what_is_no_array_is_named_by_its_type(name, none):
+    kind = "None" if none is None else type(none).__name__
+    with pytest.raises(TypeError, match=f"^{name} must be an array.*, got {kind}"):
+        NO_ARRAYS[name](none)

@@ -272,7 +272,7 @@ def test_backward_takes_a_gradient_of_any_layout(given):
 
 @pytest.mark.parametrize("given", [np.ones(3) * 1j, ["1", "2", "3"], {}, object()])
 def test_backward_refuses_a_gradient_that_is_no_array_of_real_numbers(given):
-    with pytest.raises(TypeError, match="backward: gradient must be of real numbers, got"):
+    with pytest.raises(TypeError, match=r"backward: gradient must be (of real|an array of) numbers, got"):
         nf.softmax(leaf(1.0, 2.0, 3.0)).backward(given)
 
 

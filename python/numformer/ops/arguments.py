@@ -16,9 +16,12 @@ def as_array(x, op, name):
     if not hasattr(x, "__array__") and hasattr(x, "__dlpack__"):
         return np.from_dlpack(x)
     try:
-        return np.asarray(x)
+        array = np.asarray(x)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{op}: {name} must be an array, got {type(x).__name__}: {error}") from None
+    if array.dtype == np.object_:
+        raise TypeError(f"{op}: {name} must be an array of numbers, got {type(x).__name__}")
+    return array
 
 
 def as_arrays(op, **inputs):

@@ -5,7 +5,7 @@ import numpy as np
 
 from numformer import _core
 from numformer._core import pooled
-from numformer.ops.arguments import PLAIN, as_arrays, as_floats, as_gradient, as_rows, choose
+from numformer.ops.arguments import PLAIN, as_array, as_arrays, as_floats, as_gradient, as_rows, choose
 from numformer.tensor import Tensor, apply, is_recording, unrecorded
 
 __all__ = ["grouped_linear", "grouped_linear_backward", "grouped_linear_forward", "linear", "linear_backward",
@@ -96,7 +96,7 @@ def linear(x, weight, bias=None, *, activation=None, residual=None, out=None):
 def grouped_linear_forward(x, weight, offsets, bias=None):
     """Return ``(y, saved)``; `saved` is what :func:`grouped_linear_backward` needs."""
     x, weight = as_floats(x, "grouped_linear", "x"), as_floats(weight, "grouped_linear", "weight")
-    offsets, bias = as_arrays("grouped_linear", offsets=offsets, bias=bias)
+    offsets, bias = as_array(offsets, "grouped_linear", "offsets"), *as_arrays("grouped_linear", bias=bias)
     offsets = np.ascontiguousarray(offsets, np.int64 if offsets.dtype.kind in "iu" else None)
     return _core.grouped_linear(x, weight, offsets, bias, False), (x, weight, offsets, bias is not None)
 
