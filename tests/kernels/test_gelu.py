@@ -52,6 +52,15 @@ def test_bits_do_not_depend_on_where_a_number_stands(approximate):
     np.testing.assert_array_equal(x, whole)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("apart", [1, 4, 8, 16])
+def test_nan_behind_a_number_of_the_tail_does_not_hide_it(approximate, apart):
+    x = np.zeros(512, np.float32)
+    x[0], x[apart] = -8, np.nan
+    y = nf.gelu(x, approximate)
+    assert y[0] == nf.gelu(x[0], approximate) and np.isnan(y[apart]) and np.isnan(y).sum() == 1
+
+
 def test_an_unknown_form_is_named_in_the_error():
     with pytest.raises(ValueError, match="approximate"):
         nf.gelu(np.zeros(3), approximate="fast")
