@@ -1,8 +1,8 @@
 """The benchmarks: `python -m benchmarks`, one a module, all on benchmarks.harness.
 
 OpenBLAS's and libgomp's threads would go on spinning after a call and take a core from whatever runs next. They are
-asked here not to, before anything imports NumPy. And OpenBLAS chooses its kernels itself, whatever it may have been told
-elsewhere: a peer is measured at its best.
+asked here not to, before anything imports NumPy. And OpenBLAS chooses its kernels itself, whatever it may have been
+told elsewhere: a peer is measured at its best.
 """
 import os
 
