@@ -1,5 +1,4 @@
 """Threads, levels, memory: what lies under every op."""
-import inspect
 import os
 import subprocess
 import sys
@@ -133,10 +132,3 @@ def test_a_roof_of_no_array_is_refused():
     for measure in (lambda: _core.roof_read(None, 0), lambda: _core.roof_copy(None, None)):
         with pytest.raises(TypeError, match="x must be an array, got None"):
             measure()
-
-
-def test_the_signature_of_set_num_threads_is_what_it_takes():
-    (n,) = inspect.signature(nf.set_num_threads).parameters.values()
-    assert n.kind is n.POSITIONAL_ONLY
-    with pytest.raises(TypeError, match="no keyword"):
-        nf.set_num_threads(n=2)
