@@ -37,6 +37,16 @@ def models(name, *implementations):
     return made
 
 
+def agree(run, other):
+    """What ``run(implementation)`` gives with numformer's attention and with another's, of the same weights."""
+    results = []
+    for implementation in ("numformer", other):
+        torch.manual_seed(0)
+        results.append(run(implementation))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def batch():
     tokens = torch.randint(2, 60, (3, 12), generator=torch.Generator().manual_seed(1))
     padding = torch.ones_like(tokens)
@@ -197,32 +207,27 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(name):
 
 def test_an_encoder_sees_both_ways():
     tokens, padding = batch()
-    results = []
-    for implementation in ("numformer", "sdpa"):
-        torch.manual_seed(0)
+
+    def run(implementation):
         model = transformers.AutoModel.from_config(
             transformers.BertConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                     intermediate_size=48), attn_implementation=implementation).eval()
-        results.append([model(tokens, attention_mask=mask).last_hidden_state[padding.bool()]
-                        for mask in (padding, None)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        return [model(tokens, attention_mask=mask).last_hidden_state[padding.bool()] for mask in (padding, None)]
+    agree(run, "sdpa")
 
 
 def test_t5_adds_its_learned_bias_and_learns_it():
     tokens, padding = batch()
-    results = []
-    for implementation in ("numformer", "sdpa"):
-        torch.manual_seed(0)
+
+    def run(implementation):
         model = transformers.AutoModelForSeq2SeqLM.from_config(
             transformers.T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
                                   decoder_start_token_id=0), attn_implementation=implementation).eval()
         assert model.config._attn_implementation == implementation
         loss = model(tokens, attention_mask=padding, labels=tokens).loss
         loss.backward()
-        results.append([loss, *(p.grad for p in model.parameters())])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        return [loss, *(p.grad for p in model.parameters())]
+    agree(run, "sdpa")
 
 
 @pytest.mark.parametrize("name", ["PegasusX", "BigBirdPegasus"])
@@ -231,14 +236,11 @@ def test_a_decoder_that_is_causal_by_the_masks_of_eager_and_an_encoder_that_adds
     config = getattr(transformers, f"{name}Config")(
         **SMALL, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
         encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, decoder_start_token_id=1)
-    results = []
-    for implementation in ("numformer", "eager"):
-        torch.manual_seed(0)
+
+    def run(implementation):
         model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation=implementation).eval()
-        results.append([model(tokens, attention_mask=mask, decoder_input_ids=tokens).logits
-                        for mask in (padding, None)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        return [model(tokens, attention_mask=mask, decoder_input_ids=tokens).logits for mask in (padding, None)]
+    agree(run, "eager")
 
 
 def test_a_model_that_adds_columns_to_the_masks_of_eager():
@@ -248,25 +250,22 @@ def test_a_model_that_adds_columns_to_the_masks_of_eager():
         q_lora_rank=16, o_lora_rank=8, qk_rope_head_dim=4, index_topk=2, index_n_heads=2, index_head_dim=8,
         layer_types=["compressed_sparse_attention", "heavily_compressed_attention"],
         compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4})
-    results = []
-    for implementation in ("numformer", "eager"):
-        torch.manual_seed(0)
+
+    def run(implementation):
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-        results.append([model(tokens).logits, model.generate(tokens[:, :1], max_new_tokens=12, do_sample=False)])
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        return [model(tokens).logits, model.generate(tokens[:, :1], max_new_tokens=12, do_sample=False)]
+    agree(run, "eager")
 
 
 def test_an_encoder_whose_layers_do_not_say_whether_they_are_causal():
     tokens, _ = batch()
-    results = []
-    for implementation in ("numformer", "eager"):
-        torch.manual_seed(0)
+
+    def run(implementation):
         model = transformers.AutoModel.from_config(
             transformers.SplinterConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                         intermediate_size=48), attn_implementation=implementation).eval()
-        results.append(model(tokens).last_hidden_state)
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        return [model(tokens).last_hidden_state]
+    agree(run, "eager")
 
 
 def test_bfloat16_runs_and_trains():
