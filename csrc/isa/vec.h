@@ -57,6 +57,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
                                                      compiler would share a*b
        nf_add_product_f32(sum, a, b)                 sum + a * b, with its bits, for sums that
                                                      fill the registers
+       nf_add_product_at_f32(sum, p, b)              the same of *p, a number, and b; AVX-512
+                                                     spreads it in the same instruction
        nf_max_f32(a, b), nf_min_f32(a, b)            a where either is NaN
        nf_scale_f32(v, n)                            v 2^n in one rounding, n whole, as floats
        nf_sqrt_f32(a)                                the square root
@@ -94,7 +96,10 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_store_low_bytes(p, v)                      the lowest byte of every 32-bit lane
        nf_dot_u8s8(sum, a, b)                        where NF_HAS_DOT is 1: sum plus four
                                                      products of bytes of any value, a unsigned,
-                                                     b signed; where it is 0, the next three
+                                                     b signed; where it is 0, not the next but
+                                                     the three after it
+       nf_dot_u8s8_at(sum, a, p)                     the same of the four bytes at p, which the
+                                                     instruction spreads
        nf_pairs_u8s8(a, b)                           sums of two products of bytes, as 16 bits;
                                                      a unsigned, b signed; they must fit
        nf_sum_pairs(p)                               sums of two 16-bit numbers
@@ -133,6 +138,20 @@ NF_INLINE vf64
 nf_add_product_f64(vf64 sum, vf64 a, vf64 b)
 {
     return sum + a * b;
+}
+#endif
+
+#if NF_BYTES != 64 || defined(NF_EMULATE)
+NF_INLINE vf32
+nf_add_product_at_f32(vf32 sum, const float *p, vf32 b)
+{
+    return nf_add_product_f32(sum, *p - (vf32){0}, b);
+}
+
+NF_INLINE vf64
+nf_add_product_at_f64(vf64 sum, const double *p, vf64 b)
+{
+    return nf_add_product_f64(sum, *p - (vf64){0}, b);
 }
 #endif
 
