@@ -64,6 +64,8 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_sqrt_f32(a)                                the square root
        nf_add_beyond_f32(a, b, x, limit)             the integers a + b as floats, but 0 in lanes
                                                      where x <= limit
+       nf_add_mask_f32(score, mask)                  their sum, but mask in lanes where that is
+                                                     -inf
        nf_any_less_f32(a, b)                         whether a lane of a is less than that of b
        nf_any_negative(sign)                         whether the sign bit of a lane is set
        nf_where_negative(sign, a, b)                 a in lanes whose sign bit is set, else b
@@ -166,6 +168,20 @@ NF_INLINE vf64
 nf_add_beyond_f64(vu64 a, vu64 b, vf64 x, vf64 limit)
 {
     return (vf64)((a + b) & ~(vu64)(x <= limit));
+}
+
+NF_INLINE vf32
+nf_add_mask_f32(vf32 score, vf32 mask)
+{
+    const vi32 masked = mask == -__builtin_inff();
+    return (vf32)(((vi32)mask & masked) | ((vi32)(score + mask) & ~masked));
+}
+
+NF_INLINE vf64
+nf_add_mask_f64(vf64 score, vf64 mask)
+{
+    const vi64 masked = mask == -__builtin_inf();
+    return (vf64)(((vi64)mask & masked) | ((vi64)(score + mask) & ~masked));
 }
 #endif
 

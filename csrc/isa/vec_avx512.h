@@ -120,6 +120,24 @@ nf_add_beyond_f64(vu64 a, vu64 b, vf64 x, vf64 limit)
         (__m512i)b);
 }
 
+NF_INLINE vf32
+nf_add_mask_f32(vf32 score, vf32 mask)
+{
+    const __m512 least = _mm512_set1_ps(-__builtin_inff());
+    return (vf32)_mm512_mask_add_ps((__m512)mask,
+                                    _mm512_cmp_ps_mask((__m512)mask, least, _CMP_NEQ_UQ),
+                                    (__m512)score, (__m512)mask);
+}
+
+NF_INLINE vf64
+nf_add_mask_f64(vf64 score, vf64 mask)
+{
+    const __m512d least = _mm512_set1_pd(-__builtin_inf());
+    return (vf64)_mm512_mask_add_pd((__m512d)mask,
+                                    _mm512_cmp_pd_mask((__m512d)mask, least, _CMP_NEQ_UQ),
+                                    (__m512d)score, (__m512d)mask);
+}
+
 NF_INLINE int
 nf_any_less_f32(vf32 a, vf32 b)
 {
