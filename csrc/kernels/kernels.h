@@ -144,7 +144,8 @@ typedef struct {
     size_t shared_rows;   /* so many rows of a block of K stay in L2, all of them strips */
     size_t depth;         /* of a block of K, at most */
     size_t itemsize;
-    size_t scratch; /* bytes that a block needs */
+    size_t scratch; /* bytes that a block needs, and so many more of a C of some shapes: */
+    size_t (*aside)(const nf_gemm *p, size_t rows, size_t columns);
     /* Few rows, where few_fits, and nothing is packed: columns n0 .. n1 - 1. */
     int (*few_fits)(const nf_gemm *p);
     void (*few)(const nf_gemm *p, size_t n0, size_t n1);

@@ -182,6 +182,21 @@ cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size
     return c;
 }
 
+/* Bytes that one of its tasks needs. */
+static size_t
+scratch_bytes(const nf_gemm_kernels *kernels, const piece *c)
+{
+    if (c->few) {
+        return 0;
+    }
+    const size_t rows =
+        nf_parts(nf_parts(c->p->m, kernels->rows), c->row_parts) * kernels->rows;
+    const size_t columns =
+        nf_parts(nf_parts(c->n1 - c->n0, kernels->columns), c->column_parts)
+        * kernels->columns;
+    return kernels->scratch + kernels->aside(c->p, rows, columns);
+}
+
 /* About 16 multiply-adds a cycle, and reading or packing B. */
 static double
 cycles(const piece *c)
@@ -204,7 +219,7 @@ run_wave(const nf_gemm_kernels *kernels, piece *pieces, size_t count)
         packs += c->pack_parts;
         bytes += packed_bytes(kernels, c->p, c->n1 - c->n0);
         cost += cycles(c);
-        scratch = c->few ? scratch : kernels->scratch;
+        scratch = greatest(scratch, scratch_bytes(kernels, c));
     }
     if (packs == 0) {
         return nf_parallel_apart(tasks, cost, scratch, multiply, &w);
