@@ -113,6 +113,22 @@ def test_rows_that_are_packed_once_for_all_columns_have_the_bits_of_each_row_alo
         assert (nf.linear(np.asfortranarray(x), np.asfortranarray(w), bias, activation="relu") == whole).all()
 
 
+@pytest.mark.parametrize("dtype, n", [(np.float32, 1024), (np.float64, 512)])
+@pytest.mark.parametrize("m", [15, pytest.param(470, marks=pytest.mark.native)])
+def test_a_result_whose_rows_lie_4_kb_apart_has_the_bits_of_its_columns(m, dtype, n, threads):
+    x, w, bias = normal(m, 800, dtype=dtype), normal(n, 800, seed=1, dtype=dtype), normal(n, seed=2, dtype=dtype)
+    for count in (1, 2):
+        threads(count)
+        whole = nf.linear(x, w, bias, activation="relu")
+        for begin, end in ((0, 40), (300, 333), (n - 17, n)):
+            assert (nf.linear(x, w[begin:end], bias[begin:end], activation="relu") == whole[:, begin:end]).all()
+        added = np.ones((m, n), dtype)
+        _core.product(x, w.T, added, True)
+        beside = np.ones((m, n - 3), dtype)
+        _core.product(x, w[:-3].T, beside, True)
+        assert (beside == added[:, :-3]).all()
+
+
 @pytest.mark.native
 def test_a_product_too_large_to_be_packed_at_once_has_the_bits_of_its_columns():
     x, w = normal(226, 38_200), normal(440, 38_200, seed=1)     # packed: 67.2 MB
