@@ -98,12 +98,12 @@ typedef uint64_t vu64 __attribute__((vector_size(NF_BYTES), aligned(8), may_alia
        nf_store_low_bytes(p, v)                      the lowest byte of every 32-bit lane
        nf_dot_u8s8(sum, a, b)                        where NF_HAS_DOT is 1: sum plus four
                                                      products of bytes of any value, a unsigned,
-                                                     b signed; where it is 0, not the next but
-                                                     the three after it
-       nf_dot_u8s8_at(sum, a, p)                     the same of the four bytes at p, which the
-                                                     instruction spreads
-       nf_pairs_u8s8(a, b)                           sums of two products of bytes, as 16 bits;
-                                                     a unsigned, b signed; they must fit
+                                                     b signed
+       nf_dot_u8s8_at(sum, a, p)                     there: the same of the four bytes at p, which
+                                                     the instruction spreads
+       nf_pairs_u8s8(a, b)                           where it is 0, and so the next two: sums of
+                                                     two products of bytes, as 16 bits; a
+                                                     unsigned, b signed; they must fit
        nf_sum_pairs(p)                               sums of two 16-bit numbers
        nf_dot_s16(sum, a, b)                         sum plus two products of 16-bit numbers,
                                                      each of which must fit 16 bits

@@ -182,7 +182,7 @@ cut(const nf_gemm_kernels *kernels, const nf_gemm *p, size_t n0, size_t n1, size
     return c;
 }
 
-/* Bytes that one of its tasks needs. */
+/* Scratch of one of its tasks, in bytes. */
 static size_t
 scratch_bytes(const nf_gemm_kernels *kernels, const piece *c)
 {
