@@ -330,7 +330,7 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
         return None
     if padding is None:
         padding = torch.ones((batch_size, kv_length), dtype=torch.bool)
-    mask = padding[:, None, None, :]
+    mask = padding[:, None, None, :].contiguous()       # generate() would make a copy of another, without the rule
     mask.numformer_rules = rules
     return mask
 

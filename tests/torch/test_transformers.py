@@ -205,6 +205,17 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(name):
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_padded_prompt_in_pieces_goes_into_a_static_cache(name):
+    tokens, _ = batch()
+    padding = padded_on("left", tokens, 4, 2)
+    ours, theirs = (
+        model.generate(tokens, attention_mask=padding, max_new_tokens=8, do_sample=False, prefill_chunk_size=3,
+                       cache_implementation="static", disable_compile=True)
+        for model in models(name, "numformer", "eager"))
+    assert torch.equal(ours, theirs)
+
+
 def test_an_encoder_sees_both_ways():
     tokens, padding = batch()
 
