@@ -244,7 +244,7 @@ def attention_of_transformers(module, query, key, value, attention_mask, dropout
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and not _habits(type(getattr(module, "config", None)))[1]
     # One query is the last; and where the first of several meet more keys, the rest of a static cache is empty.
-    rules = getattr(attention_mask, "numformer_rules", None)
+    rules = _rules_of(attention_mask)
     if rules is not None:
         rules = _placed(*rules, query.shape[2], key.shape[2], len(query))
     elif attention_mask is not None and is_causal and not own and attention_mask.ndim == 4 and (
@@ -330,9 +330,20 @@ def mask_of_transformers(batch_size, q_length, kv_length, q_offset=0, kv_offset=
         return None
     if padding is None:
         padding = torch.ones((batch_size, kv_length), dtype=torch.bool)
-    mask = padding[:, None, None, :].contiguous()       # generate() would make a copy of another, without the rule
-    mask.numformer_rules = rules
+    # In memory of its own, on which the rule hangs too, since reentrant checkpoints detach what they are given; and
+    # contiguous, since generate() copies what is not.
+    mask = padding[:, None, None, :].clone(memory_format=torch.contiguous_format)
+    mask.numformer_rules = mask.untyped_storage().numformer_rules = rules
     return mask
+
+
+def _rules_of(mask):
+    """The rules of a mask that was made here, detached or not; None of another, or a part of one."""
+    rules = getattr(mask, "numformer_rules", None)
+    if rules is None and mask is not None and not torch.compiler.is_compiling():
+        memory = mask.untyped_storage()
+        rules = getattr(memory, "numformer_rules", None) if mask.numel() == memory.nbytes() else None
+    return rules
 
 
 @functools.cache

@@ -216,6 +216,24 @@ def test_a_padded_prompt_in_pieces_goes_into_a_static_cache(name):
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_checkpoints_of_either_kind_give_the_gradients_of_none(name, reentrant):
+    tokens, padding = batch()
+    model, = models(name, "numformer")
+    model.train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(tokens, attention_mask=padding).logits[padding.bool()].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
 def test_an_encoder_sees_both_ways():
     tokens, padding = batch()
 
