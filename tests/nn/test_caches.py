@@ -70,6 +70,22 @@ def test_a_step_from_any_cache_needs_no_no_grad_and_carries_no_gradient():
             assert leaf.grad is None and attentions[0].out.grad is not None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_no_positions_are_taken_by_any_cache_and_change_nothing(dtype):
+    attentions, x = layers("window"), stream(2, 5)
+    made = [PagedKVCache(attentions, 2, 40, dtype=dtype)]
+    if dtype != "int8":
+        made += [KVCache(attentions, 2, S, dtype), RollingKVCache(attentions, 2, dtype)]
+    for cache in made:
+        whole, cut = cache, copy.deepcopy(cache)
+        want = attentions[0](x, cache=whole).data
+        for piece in (x[:, :0], x[:, :3], x[:, :0], x[:, 3:]):
+            y = attentions[0](piece, cache=cut).data
+            cut.advance(piece.shape[1])
+            assert y.shape == piece.shape
+        assert (y == want[:, 3:]).all()
+
+
 @pytest.mark.parametrize("form", WINDOWS)
 def test_a_rolling_cache_keeps_the_window_alone_and_the_bits_of_a_long_text(form):
     length = 4500

@@ -75,8 +75,9 @@ class KVCache:
         query, key, value = _arrays(query, key, value, self.keys[layer].dtype, dropout_p, rng)
         if self.keys[layer].dtype == query.dtype:
             return nf.scaled_dot_product_attention(query, *self.extend(layer, key, value), **keywords)
-        keys, values = (x.swapaxes(1, 2) for x in self.extend(layer, key, value))       # a block for each sequence
-        batch, length = keys.shape[:2]
+        self.extend(layer, key, value)
+        keys, values = (x[layer].swapaxes(1, 2) for x in (self.keys, self.values))      # a block for each sequence
+        batch, length = len(keys), self.length + query.shape[2]
         return nf.paged_attention(query, keys, values, np.arange(batch)[:, None], np.full(batch, length), **keywords)
 
     def extend(self, layer, key, value):
@@ -165,7 +166,7 @@ class RollingKVCache:
                              f"{self.length} are counted, and what those after them see is overwritten: begin with a "
                              "new cache")
         parts = []
-        for start in range(0, query.shape[2], self.piece):
+        for start in range(0, max(query.shape[2], 1), self.piece):
             piece = slice(start, start + self.piece)
             old = self.length + start
             new = old + query[:, :, piece].shape[2]
