@@ -307,7 +307,6 @@ class Trainer:
         """Train up to ``steps``; return the metrics of the last step (none: an empty dict)."""
         if self.checkpoint is not None and self.checkpoint.exists():
             self.resume()
-        self.model.train()
         metrics = {}
         with _bar(self.progress, self.steps, self.done) as bar:
             for step in range(self.done, self.steps):
@@ -322,8 +321,9 @@ class Trainer:
         return metrics
 
     def step(self, step):
-        """One update of the parameters; returns its metrics."""
+        """One update of the parameters, in training mode; returns its metrics."""
         begin, total, tokens = time.perf_counter(), 0.0, 0
+        self.model.train()                  # a callback may have looked at it in evaluation mode
         if self.schedule is not None:
             self.optimizer.lr = self.schedule(step)
         self.optimizer.zero_grad()          # what a step that was interrupted left

@@ -347,6 +347,14 @@ def test_a_step_whose_callback_was_interrupted_is_not_done_again(tmp_path):
     assert seen == [0, 1, 2, 3] and loop.optimizer.steps == 4
 
 
+def test_every_step_is_in_training_mode_whatever_a_callback_left(tmp_path):
+    loop, modes = trainer(tmp_path, 3), []
+    loss, loop.callbacks = loop.model.loss, [lambda step, _: loop.model.eval()]
+    loop.model.loss = lambda *batch: modes.append(loop.model.training) or loss(*batch)
+    loop.run()
+    assert modes == [True] * 3
+
+
 def test_what_a_checkpoint_needs_is_said_before_the_first_step(tmp_path, monkeypatch):
     pytest.importorskip("safetensors")
     loop = trainer(tmp_path)

@@ -129,7 +129,6 @@ def _work(run, name, experts):
         if step not in looks:
             return None
         found = evaluate(model, held.windows)
-        model.train()
         return {"held_out_" + key: value for key, value in found.items()} | {
             "bits_per_byte": held.bits_per_byte(found["loss"])}
 
