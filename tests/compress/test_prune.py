@@ -122,6 +122,8 @@ def test_progressive_pruning_tunes_each_smaller_model(monkeypatch):
     assert compress.progressive_prune(model, iter(batches()), 0.67, kind="layers", step=0.34).config.n_layer == 1
     other = gpt(7)
     assert compress.progressive_prune(model, batches(), 0.1, tune=lambda model: other) is other
+    with pytest.raises(TypeError, match=r"tune must return a GPT, or None .*, got dict"):
+        compress.progressive_prune(model, batches(), 0.1, tune=lambda model: {"loss": 1.0})
 
 
 def test_a_model_from_which_nothing_went_has_memory_of_its_own():

@@ -144,7 +144,7 @@ def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=
     step : float
         The share of them that goes in one step.
     tune : callable, optional
-        ``tune(model)`` after each step: trains the smaller model in place, or returns another.
+        ``tune(model)`` after each step: trains the smaller model in place and returns None, or returns another.
     count : int, optional
         How many batches to take; all where None.
 
@@ -155,7 +155,7 @@ def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=
     Raises
     ------
     ValueError, TypeError
-        As :func:`prune_heads` and :func:`prune_layers`.
+        As :func:`prune_heads` and :func:`prune_layers`; TypeError where `tune` returns anything else.
     """
     if kind not in ("heads", "layers"):
         raise ValueError(f'progressive_prune: kind must be "heads" or "layers", got {kind!r}')
@@ -179,8 +179,11 @@ def progressive_prune(model, batches, fraction, *, kind="heads", step=0.1, tune=
             model = prune_heads(model, fraction=share, importance=head_importance(model, batches))
         else:
             model = prune_layers(model, fraction=share, importance=layer_importance(model, batches))
-        if tune is not None:
-            model = tune(model) or model
+        if tune is not None and (tuned := tune(model)) is not None:
+            if not hasattr(tuned, "blocks"):
+                raise TypeError("progressive_prune: tune must return a GPT, or None where it changed the one that it "
+                                f"was given, got {type(tuned).__name__}")
+            model = tuned
     return _rebuilt(model, model.state_dict()) if model is given else model
 
 
