@@ -186,6 +186,25 @@ def test_auxiliary_losses_and_their_gradients(score, form):
     check_gradients(value, logits, atol=1e-9)
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("form", ["switch", "mixtral"])
+def test_padding_that_the_routing_does_not_know_of_can_be_left_out_of_the_balancing_loss(score, form):
+    logits = normal(12, 4)
+    known, mask = np.arange(12) != 3, np.arange(12) % 4 != 1
+    r, rest = (moe.route(x, 2, score=score, token_mask=m)
+               for x, m in ((logits, known), (logits[known & mask], None)))
+    assert moe.load_balancing_loss(r, form=form, token_mask=mask) == pytest.approx(
+        moe.load_balancing_loss(rest, form=form), rel=1e-12)
+    assert moe.load_balancing_loss(r, form=form, token_mask=~mask & ~known) == 0
+
+    def value(logits):
+        return moe.load_balancing_loss(moe.route(logits, 2, score=score, token_mask=known), form=form, token_mask=mask)
+
+    check_gradients(value, logits, atol=1e-9)
+    with pytest.raises(ValueError, match=r"load_balancing_loss: token_mask must have shape \(12,\), got \(4,\)"):
+        moe.load_balancing_loss(r, token_mask=mask[:4])
+
+
 def test_experts_choose_their_tokens():
     logits = normal(12, 4)
     mask = np.arange(12) != 5

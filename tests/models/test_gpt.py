@@ -130,6 +130,23 @@ def test_expert_load_adds_up_to_one_in_each_layer_and_balance_joins_the_loss():
     assert model.balance >= 0.99 and gpt().expert_load().size == 0
 
 
+def test_padding_behind_the_last_target_does_not_take_part_in_the_balance():
+    model, ids = gpt(n_expert=4, load_balancing=0.5, dtype="float64"), tokens(3, 9)
+    found = []
+    for padding in (0, 5):
+        targets = ids[:, 1:].copy()
+        targets[:, :2] = -100                   # a prompt is no padding
+        padded, targets = (np.pad(x, ((0, 0), (0, padding)), constant_values=value)
+                           for x, value in ((ids[:, :-1], 0), (targets, -100)))
+        loss = model.loss(padded, targets)
+        loss.backward()
+        found.append([loss.item(), model.balance, *[p.grad for p in model.parameters()]])
+        for p in model.parameters():
+            p.grad = None
+    for plain, other in zip(*found):
+        np.testing.assert_allclose(other, plain, rtol=1e-9, atol=1e-12)
+
+
 def test_ignored_targets_change_nothing():
     model, ids = gpt(dtype="float64"), tokens(2, 9)
     targets = ids[:, 1:].copy()

@@ -137,6 +137,20 @@ def test_options_take_part():
         assert ("loss/ptx_avg" in last[1]) == ("ptx_coef" in after)
 
 
+def test_padding_of_rollouts_does_not_take_part_in_the_balance(monkeypatch):
+    loop, loss, seen = ppo(model={"n_expert": 4}, load_balancing=0.5), nf.moe.load_balancing_loss, []
+
+    def record(routing, *, token_mask):
+        seen.append(token_mask.sum())
+        return loss(routing, token_mask=token_mask)
+
+    monkeypatch.setattr(nf.moe, "load_balancing_loss", record)
+    rollout = loop.rollout()
+    loop.step(rollout)
+    lengths = [rollout.sequences.lengths[rows].sum() for order in rollout.order for rows in order.reshape(-1, 8)]
+    assert seen == [length for length in lengths for _ in loop.policy.blocks]
+
+
 def test_tensorflows_adam_adds_eps_to_the_plain_root():
     eps, lr, gradients = 1e-2, 3e-3, []
     loop = ppo(adam="tensorflow", eps=eps, lr=lr, betas=(0.9, 0.999), max_norm=None)

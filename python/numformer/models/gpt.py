@@ -265,7 +265,8 @@ class GPT(Module, Pretrained):
     def loss(self, tokens, targets):
         """Mean cross-entropy of `targets` (B, S; -100 is ignored), plus the experts' load-balancing loss.
 
-        The logits are never held, unless the output matrix is quantized. The cross-entropy alone is left in
+        The logits are never held, unless the output matrix is quantized. What stands behind a row's last target that
+        counts is padding, of which the balancing loss takes no notice. The cross-entropy alone is left in
         ``cross_entropy`` (a float) and the balancing loss in ``balance``; :meth:`expert_load` tells the shares.
         """
         targets = np.asarray(targets)
@@ -281,7 +282,10 @@ class GPT(Module, Pretrained):
         self.cross_entropy, self.balance = loss.item(), 0.0
         routings = self.routings()
         if routings and self.config.load_balancing:
-            losses = [nf.moe.load_balancing_loss(routing) for routing in routings]
+            counts = targets.reshape(np.shape(tokens)) != -100
+            real = np.logical_or.accumulate(counts[:, ::-1], axis=1)[:, ::-1].reshape(-1)
+            mask = None if real.all() else real
+            losses = [nf.moe.load_balancing_loss(routing, token_mask=mask) for routing in routings]
             balance = sum(losses[1:], losses[0]) * (1 / len(losses))
             self.balance = balance.item()
             loss = loss + balance * self.config.load_balancing

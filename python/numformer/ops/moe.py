@@ -387,16 +387,23 @@ def mlp(x, routing, gate_up, down, *, activation="swiglu"):
     return apply(mlp_forward, mlp_backward, x, routing, gate_up, down, routing.weight, activation=activation)
 
 
-def load_balancing_loss_forward(routing, probabilities=None, *, form="switch"):
+def load_balancing_loss_forward(routing, probabilities=None, *, form="switch", token_mask=None):
     """Return ``(loss, saved)``; `probabilities` stand for ``routing.probabilities``."""
     check_routing(routing, "load_balancing_loss")
     probabilities = _values(routing.probabilities) if probabilities is None else probabilities
-    experts, top_k, tokens = probabilities.shape[1], routing.row.shape[1], routing.tokens
+    experts, top_k, tokens, chosen = probabilities.shape[1], routing.row.shape[1], routing.tokens, routing.chosen
+    mask = _token_mask(token_mask, "load_balancing_loss")
+    if mask is not None:
+        _check_mask(mask, len(probabilities), "load_balancing_loss")
+        index = routing.expert_index[mask]
+        probabilities, mask = np.where(mask[:, None], probabilities, probabilities.dtype.type(0)), mask[:, None]
+        tokens = np.count_nonzero(probabilities.any(1))
+        chosen = np.bincount(index[index >= 0], minlength=experts)
     divide = choose({"switch": tokens * top_k, "mixtral": tokens}, form, "load_balancing_loss", "form")
     if tokens == 0:
-        return np.zeros((), probabilities.dtype), (probabilities, np.zeros(experts, probabilities.dtype), None)
+        return np.zeros((), probabilities.dtype), (probabilities, np.zeros(experts, probabilities.dtype), None, mask)
     # E f_i / T: the loss is the sum over tokens of coefficient . probabilities.
-    coefficient = (routing.chosen * (experts / (divide * tokens))).astype(probabilities.dtype)
+    coefficient = (chosen * (experts / (divide * tokens))).astype(probabilities.dtype)
     sums = None
     if routing.score == "sigmoid":
         sums = probabilities.sum(1, keepdims=True)
@@ -404,20 +411,22 @@ def load_balancing_loss_forward(routing, probabilities=None, *, form="switch"):
         mean = (probabilities / sums).sum(0)
     else:
         mean = probabilities.sum(0)
-    return np.asarray(mean @ coefficient), (probabilities, coefficient, sums)
+    return np.asarray(mean @ coefficient), (probabilities, coefficient, sums, mask)
 
 
 def load_balancing_loss_backward(dy, saved):
     """Return None and the gradient with respect to the probabilities."""
-    probabilities, coefficient, sums = saved
+    probabilities, coefficient, sums, mask = saved
     coefficient = coefficient * dy
     if sums is None:
-        return None, np.broadcast_to(coefficient, probabilities.shape)
-    weighted = (probabilities * coefficient).sum(1, keepdims=True)
-    return None, (coefficient - weighted / sums) / sums
+        gradient = np.broadcast_to(coefficient, probabilities.shape)
+    else:
+        weighted = (probabilities * coefficient).sum(1, keepdims=True)
+        gradient = (coefficient - weighted / sums) / sums
+    return None, gradient if mask is None else np.where(mask, gradient, gradient.dtype.type(0))
 
 
-def load_balancing_loss(routing, *, form="switch"):
+def load_balancing_loss(routing, *, form="switch", token_mask=None):
     """The auxiliary loss that is least where every expert gets an equal share.
 
         E * sum_i f_i P_i        P_i: mean probability of expert i over the tokens that are not padding
@@ -430,6 +439,8 @@ def load_balancing_loss(routing, *, form="switch"):
         "switch": f_i is expert i's share of all choices (Switch, GShard), and the loss 1 at balance. "mixtral":
         choices of expert i per token, as in Hugging Face's Mixtral: top_k times that. (There all layers count as one
         batch: the mean of the layers' losses is the same where their loads are.)
+    token_mask : (T,) array_like of bool, optional
+        False marks padding, which does not count: more of it than the routing knows of.
 
     Returns
     -------
@@ -439,12 +450,13 @@ def load_balancing_loss(routing, *, form="switch"):
     Raises
     ------
     TypeError
-        If `routing` is no Routing: it wants more than the router's logits.
+        If `routing` is no Routing: it wants more than the router's logits; or `token_mask` not bool.
     ValueError
-        If `form` is another.
+        If `form` is another, or `token_mask` not the shape (T,).
     """
     check_routing(routing, "load_balancing_loss")
-    return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing, routing.probabilities, form=form)
+    return apply(load_balancing_loss_forward, load_balancing_loss_backward, routing, routing.probabilities, form=form,
+                 token_mask=token_mask)
 
 
 def router_z_loss_forward(logits, *, token_mask=None):

@@ -273,8 +273,10 @@ class PPO:
                                         dual_clip=c.dual_clip)
         if c.entropy_coef:
             loss = loss - masked_mean(entropy, mask) * c.entropy_coef
+        real = (np.arange(sequences.tokens.shape[1]) < sequences.lengths[:, None]).reshape(-1)
         for routing in routings:
-            loss = loss + nf.moe.load_balancing_loss(routing) * (c.load_balancing / len(routings))
+            balance = nf.moe.load_balancing_loss(routing, token_mask=real)
+            loss = loss + balance * (c.load_balancing / len(routings))
         if c.ptx_coef:
             batch = next(self.pretrain, None)
             if batch is None:
