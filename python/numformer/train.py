@@ -278,7 +278,7 @@ class Trainer:
     TypeError
         If `batches` is no iterator, or has no state for the checkpoint, or a number is none.
     ValueError
-        If `steps` or `max_norm` is below 0, or `accumulate` or `every` below 1.
+        If `steps` or `max_norm` is below 0, `accumulate` or `every` below 1, or `optimizer` is of another model.
     ImportError
         If there is a checkpoint and safetensors is not installed.
     """
@@ -293,6 +293,9 @@ class Trainer:
                             f"{type(batches).__name__}")
         if max_norm is not None:
             check_max_norm(max_norm, "Trainer")
+        params = getattr(optimizer, "params", None)
+        if params is not None and {id(p) for p in params}.isdisjoint(map(id, model.parameters())):
+            raise ValueError("Trainer: optimizer has none of the model's parameters: make it of model.parameters()")
         if checkpoint is not None:          # said now, and not when the first one is due
             check_resumable(batches, "Trainer: batches", "numformer.data.Batches")
         self.model, self.batches, self.optimizer, self.steps = model, batches, optimizer, steps

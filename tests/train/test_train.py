@@ -417,6 +417,14 @@ def test_what_is_no_iterator_or_no_number_of_steps_is_refused():
         train.Trainer(Toy(), iter([]), None, -1)
 
 
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = Toy(), Toy()
+    with pytest.raises(ValueError, match="Trainer: optimizer has none of the model's parameters"):
+        train.Trainer(model, iter([]), train.AdamW(other.parameters(), 0.1), 5)
+    train.Trainer(model, iter([]), train.AdamW(model.parameters()[:1], 0.1), 5)
+    train.Trainer(model, iter([]), type("Own", (), {})(), 5)
+
+
 def test_a_broken_or_foreign_checkpoint_is_one_clear_line(tmp_path):
     pytest.importorskip("safetensors")
     path = tmp_path / "run.safetensors"
