@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from numformer import rlhf
-from tests.rlhf.small import EOS, gpt, liked, prompts
+from tests.rlhf.small import EOS, gpt, liked, ppo, prompts
 
 
 def test_the_best_of_each_prompts_samples_is_kept():
@@ -48,6 +48,15 @@ def test_bad_input_is_named():
 def test_prompts_that_are_no_token_ids_are_refused(rows):
     with pytest.raises(TypeError, match="best_of_n: prompts must be lists of integers, the ids of tokens, got"):
         rlhf.best_of_n(gpt(), rows, 2, liked, rng=None, max_new_tokens=4, temperature=0)
+
+
+def test_a_reward_model_itself_is_no_function_of_prompts_and_completions():
+    model = rlhf.RewardModel.from_gpt(gpt(), rng=np.random.default_rng(0))
+    for call in (lambda r: rlhf.best_of_n(gpt(), prompts(2), 2, r, rng=np.random.default_rng(0), max_new_tokens=2),
+                 lambda r: ppo(reward_fn=r).rollout()):
+        with pytest.raises(TypeError, match=r"reward_fn must be a function .* as reward_model\.reward is, got RewardM"):
+            call(model)
+        call(model.reward)
 
 
 def test_a_number_of_samples_or_examples_that_is_none_is_named():

@@ -4,6 +4,7 @@ import math
 import numpy as np
 
 from numformer.ops.arguments import as_ids, need_sizes
+from numformer.rlhf.scorers import RewardModel
 
 __all__ = ["best_of_n", "best_of_n_kl"]
 
@@ -35,11 +36,12 @@ def best_of_n(model, prompts, n, reward_fn, *, rng, max_new_tokens, batch=64, **
     Raises
     ------
     TypeError
-        If n or batch is no integer, or prompts are no lists of integers.
+        If n or batch is no integer, prompts are no lists of integers, or reward_fn is no function.
     ValueError
         If n or batch is below 1, or reward_fn does not give a finite score for each.
     """
     need_sizes("best_of_n", n=n, batch=batch)
+    check_reward_fn("best_of_n", reward_fn)
     prompts = list(prompts)
     rows = [as_ids(prompt, "best_of_n", "prompts") for prompt in prompts for _ in range(n)]
     completions = []
@@ -56,6 +58,13 @@ def best_of_n_kl(n):
     """The most that best of n, an int, can move from the policy it samples from: ``log n - (n - 1) / n`` nats."""
     need_sizes("best_of_n_kl", n=n)
     return math.log(n) - (n - 1) / n
+
+
+def check_reward_fn(op, reward_fn):
+    """TypeError unless it can be called with prompts and completions, which a RewardModel itself cannot."""
+    if not callable(reward_fn) or isinstance(reward_fn, RewardModel):
+        raise TypeError(f"{op}: reward_fn must be a function of prompts and completions, as reward_model.reward is, "
+                        f"got {type(reward_fn).__name__}")
 
 
 def read_scores(op, scores, count):

@@ -24,7 +24,7 @@ from numformer.models.pretrained import read_safetensors, write_safetensors
 from numformer.nn import Module
 from numformer.ops.arguments import as_ids, need_generator, need_sizes
 from numformer.rlhf.advantages import AdaptiveKL, gae, kl_penalty
-from numformer.rlhf.best_of_n import read_scores
+from numformer.rlhf.best_of_n import check_reward_fn, read_scores
 from numformer.rlhf.config import PPOConfig
 from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
 from numformer.rlhf.masked import explained_variance, masked_mean, masked_whiten
@@ -106,9 +106,7 @@ class PPO:
     def __init__(self, policy, reference, value, reward_fn, prompts, config, *, rng, pretrain=None):
         if not isinstance(config, PPOConfig):
             raise TypeError(f"PPO: config must be a PPOConfig, got {type(config).__name__}")
-        if not callable(reward_fn):
-            raise TypeError("PPO: reward_fn must be a function of prompts and completions, as reward_model.reward is, "
-                            f"got {type(reward_fn).__name__}")
+        check_reward_fn("PPO", reward_fn)
         need_generator(rng, "PPO")
         if reference is policy:
             raise ValueError("PPO: reference is the policy itself, which changes; give another copy, or None")
