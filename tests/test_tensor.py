@@ -403,3 +403,8 @@ def test_a_fork_beside_a_walk_in_another_thread_leaves_the_child_its_own():
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True,
                          timeout=120)
     assert out.stdout.strip() == "0"
+
+
+def test_a_subclass_which_no_op_would_know_is_refused():
+    with pytest.raises(TypeError, match="Parameter: a Tensor has no subclasses, as ops and modules"):
+        type("Parameter", (Tensor,), {})
