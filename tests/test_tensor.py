@@ -405,6 +405,14 @@ def test_a_fork_beside_a_walk_in_another_thread_leaves_the_child_its_own():
     assert out.stdout.strip() == "0"
 
 
+@pytest.mark.parametrize("gradient", [1.0, [2.0]])
+def test_a_gradient_of_an_op_that_is_no_array_is_named(gradient):
+    for x in (leaf(1.0), leaf(1.0) * 1):
+        y = apply(lambda a: (a * 2, None), lambda dy, saved: (gradient,), x)
+        with pytest.raises(TypeError, match=f"a gradient must be an array, .* got {type(gradient).__name__}"):
+            y.backward()
+
+
 def test_a_subclass_which_no_op_would_know_is_refused():
     with pytest.raises(TypeError, match="Parameter: a Tensor has no subclasses, as ops and modules"):
         type("Parameter", (Tensor,), {})
