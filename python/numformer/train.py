@@ -353,18 +353,29 @@ class Trainer:
         write_safetensors(self.checkpoint, arrays)
 
     def resume(self):
-        """Take everything from the checkpoint. ValueError, in one line, where it is broken or of another run."""
+        """Take everything from the checkpoint. ValueError, in one line, where it is broken or of another run; nothing
+        is changed then."""
         arrays = read_safetensors(self.checkpoint)
+        before = (self.batches.state(), [g.bit_generator.state for g in self.generators],
+                  {name: array.copy() for name, array in self.model.state_dict().items()})
         try:
             state = json.loads(arrays.pop("state").tobytes())
-            self.batches.restore(state["data"])
-            for generator, bits in zip(self.generators, state["rng"], strict=True):
-                generator.bit_generator.state = bits
-            for part, owner in (("model.", self.model), ("optimizer.", self.optimizer)):
-                owner.load_state_dict({n.removeprefix(part): a for n, a in arrays.items() if n.startswith(part)})
-            self.done = state["done"]
+            model, optimizer = ({n.removeprefix(part): a for n, a in arrays.items() if n.startswith(part)}
+                                for part in ("model.", "optimizer."))
+            done = state["done"]
+            self._take(state["data"], state["rng"], model)
+            self.optimizer.load_state_dict(optimizer)       # last, as this alone is not taken back
         except (KeyError, TypeError, ValueError) as error:
+            self._take(*before)
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this run: {error}") from None
+        self.done = done
+
+    def _take(self, data, generators, model):
+        """Set the position in the data, the states of the generators and the parameters."""
+        self.model.load_state_dict(model)
+        self.batches.restore(data)
+        for generator, state in zip(self.generators, generators, strict=True):
+            generator.bit_generator.state = state
 
 
 def _bar(text, total, done):

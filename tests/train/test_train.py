@@ -441,3 +441,28 @@ def test_a_broken_or_foreign_checkpoint_is_one_clear_line(tmp_path):
     other.batches = data.Batches(tmp_path / "data", 4, 8, seed=3)
     with pytest.raises(ValueError, match="not a checkpoint of this run"):
         other.run()
+
+
+@pytest.mark.parametrize("other", ["model", "optimizer", "generators", "data"])
+def test_a_foreign_checkpoint_changes_nothing(tmp_path, other):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "run.safetensors"
+    trainer(tmp_path, 3, checkpoint=path).run()
+    loop = trainer(tmp_path, checkpoint=path)
+    if other == "model":
+        loop.model.more = nn.init.constant(0, 3)
+    elif other == "optimizer":
+        loop.optimizer = train.AdamW(loop.model.parameters()[:1], 0.01)
+    elif other == "generators":
+        loop.generators.append(np.random.default_rng(6))
+    else:
+        loop.batches.seed = 3
+
+    def state():
+        return json.dumps([loop.batches.state(), [g.bit_generator.state for g in loop.generators], loop.done]), [
+            array.tolist() for part in (loop.model, loop.optimizer) for array in part.state_dict().values()]
+
+    before = state()
+    with pytest.raises(ValueError, match="not a checkpoint of this run"):
+        loop.resume()
+    assert state() == before
