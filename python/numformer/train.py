@@ -264,8 +264,8 @@ class Trainer:
     max_norm : float or None
         Gradients are scaled down to this global norm.
     checkpoint : path, optional
-        A file that holds everything: parameters, optimizer, position in the data, random generators of the model.
-        Where it exists, the run goes on from there.
+        A file that holds everything: parameters, optimizer and its learning rate, position in the data, random
+        generators of the model. Where it exists, the run goes on from there; at another rate only by a `schedule`.
     every : int
         Steps between checkpoints.
     callbacks : iterable of callables
@@ -345,7 +345,7 @@ class Trainer:
 
     def save(self):
         """Write the checkpoint: one file, aside first, so that a kill leaves the old one or the new."""
-        state = {"done": self.done, "data": self.batches.state(),
+        state = {"done": self.done, "lr": self.optimizer.lr, "data": self.batches.state(),
                  "rng": [g.bit_generator.state for g in self.generators]}
         arrays = {f"model.{name}": array for name, array in self.model.state_dict().items()}
         arrays |= {f"optimizer.{name}": array for name, array in self.optimizer.state_dict().items()}
@@ -362,13 +362,13 @@ class Trainer:
             state = json.loads(arrays.pop("state").tobytes())
             model, optimizer = ({n.removeprefix(part): a for n, a in arrays.items() if n.startswith(part)}
                                 for part in ("model.", "optimizer."))
-            done = state["done"]
+            done, lr = state["done"], state.get("lr", self.optimizer.lr)        # older ones have none
             self._take(state["data"], state["rng"], model)
             self.optimizer.load_state_dict(optimizer)       # last, as this alone is not taken back
         except (KeyError, TypeError, ValueError) as error:
             self._take(*before)
             raise ValueError(f"{self.checkpoint} is not a checkpoint of this run: {error}") from None
-        self.done = done
+        self.done, self.optimizer.lr = done, lr
 
     def _take(self, data, generators, model):
         """Set the position in the data, the states of the generators and the parameters."""

@@ -384,6 +384,22 @@ def test_any_generator_and_numbers_of_numpy_go_into_a_checkpoint(tmp_path, gener
     assert again.rng.random() == straight.rng.random()
 
 
+def test_a_rate_that_a_callback_lowered_goes_into_a_checkpoint(tmp_path):
+    pytest.importorskip("safetensors")
+
+    def run(steps, **options):
+        loop = trainer(tmp_path, steps, **options)
+        loop.schedule = None
+        loop.callbacks = [lambda step, _: setattr(loop.optimizer, "lr", np.float64(0.01 / (step + 2)))]
+        return loop.run()["lr"], loop.model.weight.data
+
+    rate, straight = run(9)
+    run(5, checkpoint=tmp_path / "run.safetensors")
+    again, weight = run(9, checkpoint=tmp_path / "run.safetensors")
+    np.testing.assert_array_equal(weight, straight)
+    assert again == rate
+
+
 @pytest.mark.parametrize("hold", [lambda rng: [rng], lambda rng: {"noise": (rng,)}])
 def test_generators_in_lists_and_dicts_go_into_a_checkpoint(tmp_path, hold):
     pytest.importorskip("safetensors")
