@@ -55,9 +55,8 @@ class AdamW:
             if p.requires_grad and p.dtype not in FLOATS:
                 raise TypeError(f"AdamW: parameters must be float32 or float64, got {p.dtype}; keep them in float32 "
                                 "and convert what is computed from them")
-            if p.requires_grad and not (p.data.flags.c_contiguous and p.data.flags.writeable):
-                raise ValueError(f"AdamW: a parameter of shape {p.shape} must be writeable and C-contiguous, as it is "
-                                 "changed in place; make it of numpy.array(data, order='C')")
+            if p.requires_grad:
+                _need_in_place(p)
         if len(set(map(id, self.params))) < len(self.params):
             raise ValueError("AdamW: a parameter is given twice and would be updated twice in a step")
         for name, number in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
@@ -90,8 +89,8 @@ class AdamW:
         TypeError
             If a gradient is no array, or ``lr`` or `max_norm` no number; nothing is changed then.
         ValueError
-            If a gradient has not the shape and dtype of its parameter, or ``lr`` or `max_norm` is below 0 or NaN; nor
-            then.
+            If a gradient has not the shape and dtype of its parameter, a parameter's new ``data`` not those of the
+            old or cannot be changed in place, or ``lr`` or `max_norm` is below 0 or NaN; nor then.
         """
         lr = as_number(self.lr, "AdamW", "lr")
         if not lr >= 0:
@@ -99,6 +98,10 @@ class AdamW:
         chosen = [i for i, p in enumerate(self.params) if p.grad is not None]
         for i in chosen:
             p = self.params[i]
+            if p.data.shape != self.m[i].shape or p.data.dtype != self.m[i].dtype:
+                raise ValueError(f"AdamW: parameter {i} was {self.m[i].dtype} of shape {self.m[i].shape}, and is "
+                                 f"{p.dtype} {p.shape} now; make a new AdamW")
+            _need_in_place(p)
             if not isinstance(p.grad, np.ndarray):
                 raise TypeError(f"AdamW: the gradient of parameter {i} must be an array, got {type(p.grad).__name__}")
             if p.grad.shape != p.data.shape or p.grad.dtype != p.data.dtype:
@@ -141,6 +144,12 @@ class AdamW:
         for name, array in own.items():
             array[...] = state[name]
         self.steps = int(state["steps"][0])
+
+
+def _need_in_place(p):
+    if not (p.data.flags.c_contiguous and p.data.flags.writeable):
+        raise ValueError(f"AdamW: a parameter of shape {p.shape} must be writeable and C-contiguous, as it is changed "
+                         "in place; make it of numpy.array(data, order='C')")
 
 
 def check_resumable(batches, name, like):

@@ -209,6 +209,22 @@ def test_a_step_of_a_gradient_that_does_not_fit_changes_nothing(gradient, error,
     assert (params[0].data == before).all() and optimizer.steps == 0 and not optimizer.counts.any()
 
 
+@pytest.mark.parametrize(("data", "match"), [
+    (np.ones((2, 3), np.float32).T, r"a parameter of shape \(3, 2\) must be writeable and C-contiguous"),
+    (np.frombuffer(bytes(24), np.float32).reshape(3, 2), r"a parameter of shape \(3, 2\) must be writeable"),
+    (np.ones((3, 2)), r"parameter 1 was float32 of shape \(3, 2\), and is float64 \(3, 2\) now; make a new AdamW"),
+    (np.ones((2, 2), np.float32), r"parameter 1 was float32 of shape \(3, 2\), and is float32 \(2, 2\) now"),
+])
+def test_a_step_of_data_that_were_exchanged_for_what_does_not_fit_changes_nothing(data, match):
+    rng = np.random.default_rng(0)
+    params = [leaf(2, rng=rng), leaf(3, 2, rng=rng)]
+    optimizer, before = train.AdamW(params, 0.1), params[0].data.copy()
+    params[1].data, params[1].grad = data, np.ones(data.shape, data.dtype)
+    with pytest.raises(ValueError, match=f"AdamW: {match}"):
+        optimizer.step()
+    assert (params[0].data == before).all() and optimizer.steps == 0 and not optimizer.counts.any()
+
+
 def test_schedules_by_their_definitions():
     ours = [train.warmup_cosine(i, lr=1.0, warmup=4, total=12, min_lr=0.1) for i in (0, 3, 4, 8, 12, 99)]
     np.testing.assert_allclose(ours, [0.2, 0.8, 1.0, 0.55, 0.1, 0.1])
