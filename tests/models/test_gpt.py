@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import numformer as nf
+from numformer import rlhf
 from tests.gradients import slope
 from tests.models import reference
 
@@ -267,6 +268,7 @@ def test_training_with_dropout_is_reproducible():
     ({"n_kv_head": 0}, "n_kv_head must be 1 or more, or None, got 0"), ({"n_inner": 0}, "n_inner must be 1 or more"),
     ({"n_expert": 2, "n_inner": 1}, "n_inner must be at least top_k, .* got 1 and 2"),
     ({"n_expert": -1}, "n_expert must be 0 or more, got -1"),
+    ({"load_balancing": -1}, "load_balancing must be finite and 0 or more, got -1"),
     ({"rope_theta": 0.0}, "rope_theta must be above 0, got 0"), ({"rope_theta": np.nan}, "rope_theta must .* got nan")])
 def test_a_shape_that_makes_no_model_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -280,10 +282,22 @@ def test_a_size_that_is_no_integer_is_refused(name):
         gpt(**{name: 2.0})
 
 
-@pytest.mark.parametrize("name", ["dropout", "rope_theta"])
+@pytest.mark.parametrize("name", ["dropout", "rope_theta", "load_balancing"])
 def test_an_option_that_is_no_number_is_refused(name):
     with pytest.raises(TypeError, match=f"GPTConfig: {name} must be a real number, got '0.5'"):
         gpt(**{name: "0.5"})
+
+
+@pytest.mark.parametrize("name", ["bias", "tie_embedding", "recompute"])
+def test_a_switch_that_is_no_bool_is_refused(name):
+    with pytest.raises(TypeError, match=f"GPTConfig: {name} must be True or False, got 'no'"):
+        gpt(**{name: "no"})
+
+
+@pytest.mark.parametrize("model", [nf.models.GPT, rlhf.RewardModel, rlhf.ValueModel])
+def test_what_is_no_config_is_refused(model):
+    with pytest.raises(TypeError, match=rf"{model.__name__}: config must be a GPTConfig, got dict; .*\(\*\*config\)"):
+        model({"n_layer": 2}, rng=np.random.default_rng(0))
 
 
 def test_tokens_that_do_not_fit_are_refused():

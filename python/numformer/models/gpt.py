@@ -130,6 +130,11 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: dropout must be in [0, 1), got {self.dropout}")
         if not as_number(self.rope_theta, "GPTConfig", "rope_theta") > 0:
             raise ValueError(f"GPTConfig: rope_theta must be above 0, got {self.rope_theta}")
+        if not 0 <= as_number(self.load_balancing, "GPTConfig", "load_balancing") < math.inf:
+            raise ValueError(f"GPTConfig: load_balancing must be finite and 0 or more, got {self.load_balancing}")
+        for name in ("bias", "tie_embedding", "recompute"):
+            if getattr(self, name) not in (False, True):
+                raise TypeError(f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_heads(self):
         if self.layer_heads and len(self.layer_heads) != self.n_layer:
@@ -153,6 +158,14 @@ class GPTConfig:
             return False
         slopes = nf.alibi_slopes(self.n_head)
         return slopes[self.alibi_heads[layer]] if self.alibi_heads else slopes
+
+
+def need_config(config, model):
+    """`config`. TypeError unless it is a GPTConfig, of which the `model` is to be made."""
+    if not isinstance(config, GPTConfig):
+        raise TypeError(f"{model}: config must be a GPTConfig, got {type(config).__name__}; make one of a dict by "
+                        "GPTConfig(**config)")
+    return config
 
 
 class Block(Module):
@@ -201,7 +214,7 @@ class GPT(Module, Pretrained):
     model_type = "numformer-gpt"
 
     def __init__(self, config, *, rng):
-        c = self.config = config
+        c = self.config = need_config(config, "GPT")
         dtype = np.dtype(c.dtype)
         self.rng = rng
         self.embedding = Embedding(c.vocab_size, c.n_embd, rng=rng, dtype=dtype)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 import numformer as nf
-from numformer.models.gpt import GPT, GPTConfig
+from numformer.models.gpt import GPT, GPTConfig, need_config
 from numformer.models.pretrained import Pretrained
 from numformer.nn import Linear, Module
 from numformer.ops.arguments import as_ids
@@ -27,6 +27,7 @@ class _Scorer(Module):
     config_class = GPTConfig
 
     def __init__(self, config, *, rng):
+        config = need_config(config, type(self).__name__)
         self.config = dataclasses.replace(config, tie_embedding=True)       # no logits, so no weight for them
         self.trunk = GPT(self.config, rng=rng)
         self.head = Linear(config.n_embd, 1, rng=rng, dtype=np.dtype(config.dtype))
