@@ -1,3 +1,6 @@
+import dataclasses
+import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -273,6 +276,14 @@ def test_training_with_dropout_is_reproducible():
 def test_a_shape_that_makes_no_model_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         gpt(**change)
+
+
+def test_the_hidden_features_follow_what_a_config_is_changed_to_unless_they_were_given():
+    free, given = gpt().config, gpt(n_inner=20).config
+    assert free.n_inner == 48 and dataclasses.replace(free, n_embd=32).n_inner == 96
+    assert dataclasses.replace(dataclasses.replace(free, activation="gelu"), n_embd=32).n_inner == 128
+    assert dataclasses.replace(free, n_inner=50).n_inner == dataclasses.replace(given, n_embd=32).n_inner + 30 == 50
+    assert json.dumps(dataclasses.asdict(free)["n_inner"]) == "48" and pickle.loads(pickle.dumps(free)) == free
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_kv_head", "n_inner",

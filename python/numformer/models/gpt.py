@@ -27,6 +27,10 @@ from numformer.tensor import Tensor, is_recording, unrecorded
 __all__ = ["GPT", "GPTConfig"]
 
 
+class _Derived(int):
+    """A size that was not given and follows from others, also in ``dataclasses.replace``."""
+
+
 @dataclass
 class GPTConfig:
     """The shape of a :class:`GPT`.
@@ -111,8 +115,8 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: experts are SwiGLU, got activation {self.activation!r}")
         if self.n_expert and self.top_k > self.n_expert:
             raise ValueError(f"GPTConfig: top_k must be at most n_expert, got {self.top_k} and {self.n_expert}")
-        if self.n_inner is None:
-            self.n_inner = self.n_embd * (3 if self.activation == "swiglu" else 4)
+        if self.n_inner is None or type(self.n_inner) is _Derived:
+            self.n_inner = _Derived(self.n_embd * (3 if self.activation == "swiglu" else 4))
         if self.n_expert and self.n_inner < self.top_k:
             raise ValueError("GPTConfig: n_inner must be at least top_k, as an expert has n_inner / top_k features, "
                              f"got {self.n_inner} and {self.top_k}")
