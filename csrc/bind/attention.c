@@ -32,18 +32,20 @@ take_out(nf_attention_call *c, PyObject *object)
         return new_heads(shape, c->type, c->q);
     }
     PyArrayObject *const out = nf_array(object, c->type, 4, c->op, "out");
-    PyArrayObject *const inputs[] = {c->q, c->k, c->v};
+    PyArrayObject *const inputs[] = {c->q,      c->k,     c->v,        c->mask,
+                                     c->slopes, c->sinks, c->k_scales, c->v_scales};
+    const int count = sizeof inputs / sizeof *inputs;
     if (out == NULL || nf_check_shape(out, 4, shape, c->op, "out") < 0) {
         return NULL;
     }
     if (PyArray_IS_C_CONTIGUOUS(out)) {
-        return nf_take_out(object, 4, shape, c->type, inputs, 3, c->op);
+        return nf_take_out(object, 4, shape, c->type, inputs, count, c->op);
     }
     PyObject *const turned = PyArray_SwapAxes(out, 1, 2);
     PyArrayObject *const checked =
         turned == NULL ? NULL
                        : nf_take_out(turned, 4, PyArray_DIMS((PyArrayObject *)turned),
-                                     c->type, inputs, 3, c->op);
+                                     c->type, inputs, count, c->op);
     Py_XDECREF(turned);
     if (checked == NULL) {
         return NULL;

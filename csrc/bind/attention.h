@@ -13,6 +13,7 @@
 typedef struct {
     const char *op;
     PyArrayObject *q, *k, *v; /* rows contiguous */
+    PyArrayObject *mask;      /* borrowed */
     PyArrayObject *out, *exact, *lse, *stats;
     PyArrayObject *dout, *dlse, *dq, *dk, *dv;
     PyArrayObject *slopes, *sinks, *kv_lengths, *q_starts, *k_starts, *block_table;

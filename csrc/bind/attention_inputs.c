@@ -105,6 +105,7 @@ take_mask(nf_attention_call *c, PyObject *object)
         }
         return -1;
     }
+    c->mask = mask;
     p->mask = PyArray_DATA(mask);
     p->mask_storage = boolean ? NF_AS_COMPUTED : nf_storage_of(mask);
     p->mask_kind = boolean ? NF_BOOLEAN_MASK : NF_ADDED_MASK;

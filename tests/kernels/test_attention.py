@@ -187,6 +187,12 @@ def test_out_receives_the_result():
     assert sdpa(q, k, v, out=turned) is turned and (turned == out).all()
     with pytest.raises(ValueError, match="memory"):
         sdpa(q, k, v, out=q)
+    for of in (out, turned):
+        memory = of[0, 0]
+        for side in ({"attn_mask": memory[:, :1]}, {"attn_mask": memory.view(bool)[:, :20]}, {"sinks": memory[0, :2]},
+                     {"alibi_slopes": memory[0, :2]}, {"alibi_slopes": memory[0, 4:6].reshape(1, 2)}):
+            with pytest.raises(ValueError, match="out must not share memory with an input"):
+                sdpa(q, k, v, out=of, **side)
     with pytest.raises(ValueError, match="shape"):
         sdpa(q, k, v, out=out[:, :1])
     with pytest.raises(TypeError, match="float32"):

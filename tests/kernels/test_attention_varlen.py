@@ -232,6 +232,14 @@ def test_a_given_output_is_written_to_and_returned():
             nf.attention_varlen(q, k, v, cu_q, cu_k, out=wrong)
     with pytest.raises(ValueError, match="share memory"):
         nf.attention_varlen(q, k[:, :, :16], tokens(44, 2, 16), cu_q, cu_k, out=q)
+    want = nf.attention_varlen(q, k, v, cu_q, cu_k)
+    with pytest.raises(ValueError, match="share memory"):
+        nf.attention_varlen(q, k, v, cu_q, cu_k, sinks=want[0, 0, :4], out=want)
+    scales = np.ones((6, 8), np.float32)
+    cache, out = np.ones((6, 8, 2, 16), np.int8), scales.reshape(-1)[:24].reshape(3, 2, 1, 4)
+    with pytest.raises(ValueError, match="paged_attention: out must not share memory"):
+        nf.paged_attention(tokens(3, 2, 1, 16), cache, cache[..., :4], table, [16, 9, 12], key_scale=scales,
+                           value_scale=scales.copy(), out=out)
 
 
 def test_one_long_sequence_among_many_takes_no_memory_for_the_others():

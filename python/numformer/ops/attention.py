@@ -179,8 +179,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
         Return ``(out, lse)``, lse (B, H, Sq) the natural logarithm of each row's sum of exponentials, float64 where
         query is, else float32.
     out : ndarray, (B, H, Sq, Dv), optional
-        Where to write the result: contiguous as (B, H, Sq, Dv) or as (B, Sq, H, Dv), sharing no memory with query,
-        key and value.
+        Where to write the result: contiguous as (B, H, Sq, Dv) or as (B, Sq, H, Dv), sharing no memory with the
+        others.
 
     Returns
     -------

@@ -87,7 +87,7 @@ def attention_varlen(query, key, value, cu_seqlens_q, cu_seqlens_k, *, dropout_p
     return_lse : bool
         Return ``(out, lse)``, lse (Tq, H).
     out : ndarray, (Tq, H, Dv), C-contiguous, optional
-        Where to write the result; shares no memory with query, key and value.
+        Where to write the result; shares no memory with the others.
 
     Returns
     -------
