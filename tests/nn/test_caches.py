@@ -336,8 +336,21 @@ def test_combinations_that_mean_nothing_are_refused():
         for see in (plain, plain.maps):
             with pytest.raises(ValueError, match=r"MultiHeadAttention: x must .* got (int|\(150, 32\))"):
                 see(wrong)
-    with pytest.raises(ValueError, match="H a multiple of Hkv"):
-        attention_maps(np.zeros((1, 3, 2, 4)), np.zeros((1, 2, 2, 4)))
+    for heads, key_heads in ((3, 2), (2, 0)):
+        with pytest.raises(ValueError, match="H a multiple of Hkv"):
+            attention_maps(np.zeros((1, heads, 2, 4)), np.zeros((1, key_heads, 2, 4)))
+
+
+def test_maps_of_nothing_are_empty():
+    def maps(query=(2, 4, 3, 8), key=(2, 2, 5, 8), **keywords):
+        return attention_maps(np.ones(query, np.float32), np.ones(key, np.float32), softcap=2.0, is_causal=True,
+                              alibi_slopes=np.ones(query[1], np.float32), sinks=np.ones(query[1], np.float32),
+                              attn_mask=np.zeros((query[2], 5), np.float32), **keywords)
+
+    assert maps(heads=[]).shape == (2, 0, 3, 5) and maps(rows=()).shape == (2, 4, 0, 5)
+    assert maps(heads=[], rows=np.array([], int)).shape == (2, 0, 0, 5)
+    assert maps((2, 0, 3, 8), (2, 0, 5, 8)).shape == (2, 0, 3, 5)
+    np.testing.assert_allclose(attention_maps(np.ones((1, 2, 3, 0)), np.ones((1, 2, 5, 0))), 0.2)     # as of scores 0
 
 
 @pytest.mark.parametrize(("keywords", "error", "match"), [

@@ -18,6 +18,8 @@ def _chosen(index, length, name):
     if index is None:
         return np.arange(length)
     chosen = np.atleast_1d(np.asarray(index))
+    if chosen.shape == (0,):        # an empty list is one of floats
+        return np.arange(0)
     if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or (chosen >= length).any() or (chosen < -length).any():
         raise ValueError(f"attention_maps: {name} must be integers below {length}, got {index!r}")
     return chosen % length
@@ -62,14 +64,15 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
     for name, x in added.items():
         if x is not None and not is_float(x.dtype):
             raise TypeError(f"{op}: {name} must be {'boolean or ' * (x is attn_mask)}of floats, got {x.dtype}")
-    if query.ndim != 4 or key.ndim != 4 or query.shape[::3] != key.shape[::3] or query.shape[1] % key.shape[1]:
+    if query.ndim != 4 or key.ndim != 4 or query.shape[::3] != key.shape[::3] or (
+            query.shape[1] != key.shape[1] and (key.shape[1] == 0 or query.shape[1] % key.shape[1])):
         raise ValueError("attention_maps: query must have shape (B, H, Sq, D) and key (B, Hkv, Sk, D), H a multiple of "
                          f"Hkv, got {query.shape} and {key.shape}")
     if causal_align not in ("bottom_right", "top_left"):
         raise ValueError(f'attention_maps: causal_align must be "bottom_right" or "top_left", got {causal_align!r}')
     batch, all_heads, queries, dim = query.shape
     keys = key.shape[2]
-    scale = dim ** -0.5 if scale is None else as_number(scale, op, "scale")
+    scale = max(dim, 1) ** -0.5 if scale is None else as_number(scale, op, "scale")
     softcap = 0.0 if softcap is None else as_number(softcap, op, "softcap")
     if not 0 <= softcap < np.inf:
         raise ValueError(f"{op}: softcap must be finite and not negative, got {softcap}")
@@ -84,11 +87,13 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
     if attn_mask is not None:
         attn_mask = _broadcast(attn_mask, (batch, all_heads, queries, keys))
     heads, rows = _chosen(heads, all_heads, "heads"), _chosen(rows, queries, "rows")
-    groups = all_heads // key.shape[1]
+    groups = all_heads // max(key.shape[1], 1)
     dtype = query.dtype.type
+    score = np.empty((batch, len(heads), len(rows), keys), dtype)
     # what is masked may hold anything, and the product says nothing of it
     with np.errstate(invalid="ignore", over="ignore"):
-        score = np.stack([query[:, h, rows] @ key[:, h // groups].swapaxes(1, 2) for h in heads], axis=1)
+        for i, h in enumerate(heads):
+            score[:, i] = query[:, h, rows] @ key[:, h // groups].swapaxes(1, 2)
         score *= dtype(scale)
         if softcap:
             score = dtype(softcap) * np.tanh(score / dtype(softcap))
