@@ -51,6 +51,20 @@ def test_a_gpt_learns_with_dropout():
     assert (model(tokens[:, :-1]).data == model(tokens[:, :-1]).data).all()
 
 
+def test_a_gate_is_one_number_for_each_head_or_for_each_head_of_each_row():
+    attention = layer(0.0)
+    x = np.random.default_rng(1).standard_normal((2, 9, 16), np.float32)
+    attention.head_gate = one = np.array([1, 0, 2, 0.5], np.float32)
+    want = attention(x).data
+    for gate in (nf.Tensor(one), one[None], np.stack([one, one])):
+        attention.head_gate = gate
+        assert (attention(x).data == want).all()
+    for gate, got in (([1, 0, 2, 0.5], "list"), (one[:3], r"\(3,\)"), (np.ones((4, 2)), r"\(4, 2\)"), (1.0, "float")):
+        attention.head_gate = gate
+        with pytest.raises(ValueError, match=rf"head_gate must be .* of shape \(4,\) or \(2, 4\), got {got}"):
+            attention(x)
+
+
 def test_alibi_takes_slopes_of_ones_own_one_for_each_head():
     x = np.random.default_rng(1).standard_normal((2, 9, 16), np.float32)
     usual, given, other = (MultiHeadAttention(16, 4, alibi=alibi, rng=np.random.default_rng(0))

@@ -195,8 +195,11 @@ class MultiHeadAttention(Module):
                                                                                                      **rules)
             y = y.swapaxes(1, 2)
         batch, length = x.shape[:2]
-        if self.head_gate is not None:
-            y = y.reshape(batch, length, self.n_head, self.head_dim) * self.head_gate.reshape(-1, 1, self.n_head, 1)
+        if (gate := self.head_gate) is not None:
+            if getattr(gate, "shape", None) not in ((self.n_head,), (batch, self.n_head), (1, self.n_head)):
+                raise ValueError(f"MultiHeadAttention: head_gate must be an array or Tensor of shape {(self.n_head,)} "
+                                 f"or {(batch, self.n_head)}, got {getattr(gate, 'shape', type(gate).__name__)}")
+            y = y.reshape(batch, length, self.n_head, self.head_dim) * gate.reshape(-1, 1, self.n_head, 1)
         return y.reshape(batch, length, self.n_head * self.head_dim)
 
     def _project(self, x):
