@@ -134,3 +134,20 @@ def test_an_option_that_is_no_name_is_refused_by_name(choice, option):
     with pytest.raises(ValueError, match=rf"{op}: {name} must be .*\bor \S+, got ") as raised:
         CHOICES[choice](option)
     assert str(raised.value).endswith(f"got {option!r}")
+
+
+CAUSAL = {
+    "scaled_dot_product_attention": lambda c: nf.scaled_dot_product_attention(*[floats(1, 2, 3, 4)] * 3, is_causal=c),
+    "attention_varlen": lambda c: nf.attention_varlen(*[floats(3, 2, 4)] * 3, [0, 3], [0, 3], is_causal=c),
+    "paged_attention": lambda c: nf.paged_attention(floats(1, 2, 1, 4), *[floats(1, 3, 2, 4)] * 2, [[0]], [3],
+                                                    is_causal=c),
+    "attention_maps": lambda c: nf.nn.attention_maps(*[floats(1, 2, 3, 4)] * 2, is_causal=c),
+}
+
+
+@pytest.mark.parametrize("op", CAUSAL)
+def test_a_mask_in_the_place_of_is_causal_is_named(op):
+    with pytest.raises(TypeError, match=rf"{op}: is_causal must be True or False, got ndarray of shape \(3, 3\)"):
+        CAUSAL[op](np.tri(3, dtype=bool))
+    for causal in (1, 0, None, np.True_, np.array([True])):
+        np.testing.assert_array_equal(CAUSAL[op](causal), CAUSAL[op](bool(causal)))

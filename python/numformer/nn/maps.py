@@ -6,7 +6,7 @@ Memory O(B heads rows S).
 """
 import numpy as np
 
-from numformer.ops.arguments import as_arrays, as_floats, as_number, same_dtype
+from numformer.ops.arguments import as_arrays, as_bool, as_floats, as_number, same_dtype
 from numformer.ops.attention import as_window
 from numformer.tensor import Tensor, is_float
 
@@ -102,7 +102,8 @@ def attention_maps(query, key, attn_mask=None, is_causal=False, scale=None, *, h
     position = (rows + shift[:, None])[:, None, :, None]            # (B, 1, rows, 1)
     j = np.arange(keys)
     farthest = queries + keys       # the sides are Python's integers, of any size
-    seen = _seen(position, j, ends, min(left, farthest), 0 if is_causal else min(right, farthest))
+    right = 0 if as_bool(is_causal, op, "is_causal") else min(right, farthest)
+    seen = _seen(position, j, ends, min(left, farthest), right)
     if alibi_slopes is not None:
         slope = np.broadcast_to(alibi_slopes, (batch, all_heads))[:, heads, None, None].astype(dtype)
         score -= slope * (position - j).astype(dtype)

@@ -90,6 +90,15 @@ def as_number(x, op, name):
         raise TypeError(f"{op}: {name} must be a real number, got {x!r}") from None
 
 
+def as_bool(x, op, name):
+    """`x` as a bool. TypeError for an array of several, which has no truth value."""
+    try:
+        return bool(x)
+    except (ValueError, RuntimeError):      # of NumPy and of torch
+        raise TypeError(f"{op}: {name} must be True or False, got {type(x).__name__} of shape "
+                        f"{tuple(x.shape)}") from None
+
+
 def need_generator(rng, op, option=None):
     """The bit generator of `rng`. TypeError unless that is a Generator, as `op` needs one (where `option` is not 0)."""
     bits = getattr(rng, "bit_generator", None)

@@ -6,7 +6,7 @@ arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135), and the backward pass buil
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import PLAIN, as_array, as_arrays, as_integer, as_number, choose
+from numformer.ops.arguments import PLAIN, as_array, as_arrays, as_bool, as_integer, as_number, choose
 from numformer.tensor import Tensor, apply, draw_key, is_float
 
 __all__ = ["alibi_slopes", "merge_attention", "merge_attention_backward", "merge_attention_forward", "packed_attention",
@@ -20,6 +20,8 @@ _CAUSAL, _PACKED, _WANT_MASK, _WANT_SLOPES, _WANT_SINKS = 1, 1, 2, 4, 8     # as
 
 def _causal(is_causal, causal_align, op=_OP):
     """Which keys a query sees, in the binding's terms."""
+    if type(is_causal) is not bool:
+        is_causal = as_bool(is_causal, op, "is_causal")
     return choose(_ALIGN, causal_align, op, "causal_align") | (_CAUSAL if is_causal else 0)
 
 
@@ -214,7 +216,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
               or alibi_slopes is not None or sinks is not None or kv_lengths is not None
               or type(dropout_p) is not float or dropout_p != 0.0)
     if arrays and type(attn_mask) in PLAIN and not extras:
-        causal = _causal(is_causal, causal_align) if is_causal or causal_align != "bottom_right" else 0
+        plain = is_causal is False and causal_align == "bottom_right"
+        causal = 0 if plain else _causal(is_causal, causal_align)
         return _core.attention_forward(query, key, value, attn_mask, scale, causal, None, out, 1 if return_lse else 0)
     features = {"window_size": window_size, "softcap": softcap, "kv_lengths": kv_lengths, "dropout_p": dropout_p,
                 "rng": rng}
