@@ -152,6 +152,14 @@ def _need_in_place(p):
                          "in place; make it of numpy.array(data, order='C')")
 
 
+def as_callbacks(callbacks, op):
+    """The callbacks as a list. TypeError for a single one, and for what cannot be called."""
+    listed = list(callbacks) if isinstance(callbacks, Iterable) else None
+    if listed is None or not all(map(callable, listed)):
+        raise TypeError(f"{op}: callbacks must be a list of functions of (step, metrics), got {callbacks!r}")
+    return listed
+
+
 def check_resumable(batches, name, like):
     """What a checkpoint needs: ImportError without safetensors, TypeError for batches (or None) without a state."""
     need_safetensors()
@@ -285,7 +293,8 @@ class Trainer:
     Raises
     ------
     TypeError
-        If `batches` is no iterator, or has no state for the checkpoint, or a number is none.
+        If `batches` is no iterator, or has no state for the checkpoint, a number is none, or `callbacks` is no list of
+        functions.
     ValueError
         If `steps` or `max_norm` is below 0, `accumulate` or `every` below 1, or `optimizer` is of another model.
     ImportError
@@ -310,7 +319,7 @@ class Trainer:
         self.model, self.batches, self.optimizer, self.steps = model, batches, optimizer, steps
         self.schedule, self.accumulate, self.max_norm = schedule, accumulate, max_norm
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.every, self.callbacks, self.progress = every, list(callbacks), progress
+        self.every, self.callbacks, self.progress = every, as_callbacks(callbacks, "Trainer"), progress
         self.done = 0
         self.generators = list({id(item): item for module in model.modules() for _, item in held("", vars(module))
                                 if isinstance(item, np.random.Generator)}.values())

@@ -240,6 +240,14 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(ours[name], array)
 
 
+def test_callbacks_are_called_after_every_iteration_from_any_iterable():
+    seen, loop = [], ppo(batch=8)
+    loop.run(2, callbacks=iter([lambda i, _: seen.append(i)]))
+    assert seen == [0, 1]
+    with pytest.raises(TypeError, match=r"PPO\.run: callbacks must be a list of functions .*, got <built-in function"):
+        loop.run(3, callbacks=print)
+
+
 def test_what_a_checkpoint_needs_is_said_before_the_first_iteration(tmp_path):
     pytest.importorskip("safetensors")
     loop = ppo(ptx_coef=0.5, pretrain=iter([]))

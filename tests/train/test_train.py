@@ -449,6 +449,12 @@ def test_what_is_no_iterator_or_no_number_of_steps_is_refused():
         train.Trainer(Toy(), iter([]), None, -1)
 
 
+def test_what_is_no_list_of_callbacks_is_refused():
+    for wrong in (print, [print, "print"], 5):
+        with pytest.raises(TypeError, match=r"Trainer: callbacks must be a list of functions .*, got .*"):
+            train.Trainer(Toy(), iter([]), None, 5, callbacks=wrong)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     model, other = Toy(), Toy()
     with pytest.raises(ValueError, match="Trainer: optimizer has none of the model's parameters"):

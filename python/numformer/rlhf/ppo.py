@@ -30,7 +30,7 @@ from numformer.rlhf.losses import ppo_policy_loss, ppo_value_loss
 from numformer.rlhf.masked import explained_variance, masked_mean, masked_whiten
 from numformer.rlhf.scorers import refuse_quantized
 from numformer.rlhf.sequences import Sequences, completion_log_probs, completion_values
-from numformer.train import AdamW, check_resumable, whole_state
+from numformer.train import AdamW, as_callbacks, check_resumable, whole_state
 
 __all__ = ["PPO", "Rollout"]
 
@@ -244,6 +244,7 @@ class PPO:
             Each is called as ``callback(iteration, metrics)`` after every iteration, counted from 0.
         """
         need_sizes("PPO.run", every=every)
+        callbacks = as_callbacks(callbacks, "PPO.run")
         if checkpoint is not None:          # said now, and not when the first one is due
             check_resumable(self.pretrain, "PPO: pretrain", "CompletionBatches")
             if Path(checkpoint).exists():
