@@ -4,6 +4,8 @@ import itertools
 import numpy as np
 import pytest
 
+import numformer as nf
+
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 nft = pytest.importorskip("numformer.torch")
@@ -242,6 +244,13 @@ def test_a_scale_that_is_no_number_or_wants_a_gradient_is_refused(scale, record)
     q, k, v = (x.detach().requires_grad_(record) for x in tensors(SQUARE))
     with pytest.raises(TypeError, match="scaled_dot_product_attention: scale must be a real number,"):
         nft.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"requires_grad": True}])
+@pytest.mark.parametrize("op", [lambda x: nf.scaled_dot_product_attention(x, x, x), nf.gelu, nf.Tensor])
+def test_a_tensor_that_is_no_array_is_told_of_numformer_torch(op, options):
+    with pytest.raises(TypeError, match=r"must be an array, got Tensor: .*; numformer\.torch has the attention of"):
+        op(torch.ones((1, 2, 3, 4), **options))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

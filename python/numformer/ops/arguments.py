@@ -17,8 +17,10 @@ def as_array(x, op, name):
         return np.from_dlpack(x)
     try:
         array = np.asarray(x)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{op}: {name} must be an array, got {type(x).__name__}: {error}") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        torch = type(x).__module__.partition(".")[0] == "torch"
+        hint = "; numformer.torch has the attention of PyTorch's tensors, other ops take x.detach().float()"
+        raise TypeError(f"{op}: {name} must be an array, got {type(x).__name__}: {error}{hint * torch}") from None
     if array.dtype == np.object_:
         raise TypeError(f"{op}: {name} must be an array of numbers, got {type(x).__name__}")
     return array
