@@ -143,7 +143,8 @@ def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.
     ValueError
         If shapes do not fit together, or a number is out of its range.
     RuntimeError
-        If a gradient of the gradient, or one of forward mode, is asked for.
+        If a gradient of the gradient, or one of forward mode, is asked for, or a transform of torch.func (grad, vjp,
+        vmap ...) is on: autograd's ``backward`` and ``grad`` are what there is.
     """
     inputs = [query, key, value, attn_mask, alibi_slopes, sinks]
     for x, name in zip(inputs, _NAMES):

@@ -186,6 +186,15 @@ def test_a_derivative_of_forward_mode_is_refused(record):
         nft.scaled_dot_product_attention(q, torch.autograd.forward_ad.make_dual(k, torch.ones_like(k)), v)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", [lambda f, x: torch.func.grad(lambda *x: f(*x).sum())(*x),
+                                       lambda f, x: torch.func.vjp(f, *x), lambda f, x: torch.func.vmap(f)(*x),
+                                       lambda f, x: torch.func.jvp(f, x, x)])
+def test_a_transform_of_torch_func_is_refused(transform):
+    with pytest.raises(RuntimeError):
+        transform(nft.scaled_dot_product_attention, tuple(x.detach() for x in tensors(SQUARE)))
+
+
 def test_a_second_derivative_is_refused():
     query, key, value = tensors(SQUARE)
     out = nft.scaled_dot_product_attention(query, key, value)
