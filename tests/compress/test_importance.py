@@ -25,6 +25,24 @@ def test_a_heads_score_is_the_slope_of_each_rows_loss_when_its_output_shrinks(op
             np.testing.assert_allclose(score[head], np.mean(slopes), rtol=1e-6)
 
 
+def test_a_reward_model_is_scored_by_each_sequence_of_its_pairs():
+    model = nf.rlhf.RewardModel.from_gpt(gpt(dtype="float64"), rng=np.random.default_rng(0))
+    pairs = [(np.array(chosen), np.array(rejected)) for chosen, rejected in batches(rows=2)]
+    scores, step = compress.head_importance(model, pairs, normalize=False), 1e-5
+    for layer, head in ((0, 1), (2, 3)):
+        slopes = []
+        for pair in pairs:
+            for row in range(4):
+                losses = []
+                for factor in (1 + step, 1 - step):
+                    twin = model.as_arrays()
+                    gate = twin.trunk.blocks[layer].attention.head_gate = np.ones((4, 4))
+                    gate[row, head] = factor
+                    losses.append(float(twin.loss(*pair)))
+                slopes.append(2 * abs(losses[0] - losses[1]) / (2 * step))
+        np.testing.assert_allclose(scores[layer][head], np.mean(slopes), rtol=1e-5)
+
+
 def test_a_quantized_model_has_scores_near_those_of_its_floats():
     model = gpt(n_expert=4)
     quantized, _ = compress.quantize_model(model, nf.quant.QuantSpec(bits=8, group_size=None))

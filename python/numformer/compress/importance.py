@@ -32,13 +32,13 @@ def take(batches, count, op):
 def head_importance(model, batches, *, count=None, groups=False, normalize=True):
     """Score every attention head by how fast the loss would change if its output shrank.
 
-    The gradient is that of a factor 1 on the head's output, one factor for each row of a batch: per row
+    The gradient is that of a factor 1 on the head's output, one factor for each row that passes through it: per row
     |sum over positions of Att_h . dL/dAtt_h|, averaged over all rows.
 
     Parameters
     ----------
     model : Module with ``loss(*batch)``, whose attention is :class:`numformer.nn.MultiHeadAttention`
-    batches : iterable of (tokens, targets)
+    batches : iterable of (tokens, targets), or of what else ``loss`` takes
     count : int, optional
         How many batches to take; all where None.
     groups : bool
@@ -65,21 +65,36 @@ def head_importance(model, batches, *, count=None, groups=False, normalize=True)
     if not attentions:
         raise TypeError(f"head_importance: {type(model).__name__} has no MultiHeadAttention")
     totals = [np.zeros(a.n_kv_head if groups else a.n_head) for a in attentions]
-    rows = 0
+    rows = np.zeros(len(attentions))
+    gates = [_gates(a) for a in attentions]
     for batch in take(batches, count, "head_importance"):
-        size = len(batch[0])
-        for a in attentions:
-            dtype = getattr(a.out, "dtype", np.float32)         # quantized weights have none
-            a.head_gate = Tensor(np.ones((size, a.n_head), dtype), requires_grad=True)
+        for gate in gates:
+            gate.clear()
         twin.loss(*batch).backward()
-        for a, total in zip(attentions, totals):
-            slope = a.head_gate.grad.astype(np.float64) * size          # the loss is a mean over the rows
+        for i, (a, gate) in enumerate(zip(attentions, gates)):
+            slope = np.concatenate([factors.grad for factors in gate.values()], dtype=np.float64)
+            slope *= len(batch[0])          # the loss is a mean over the rows
             if groups:
-                slope = slope.reshape(size, a.n_kv_head, -1).sum(-1)
-            total += np.abs(slope).sum(0)
-        rows += size
-    scores = [total / rows for total in totals]
+                slope = slope.reshape(len(slope), a.n_kv_head, -1).sum(-1)
+            totals[i] += np.abs(slope).sum(0)
+            rows[i] += len(slope)
+    scores = [total / count for total, count in zip(totals, rows)]
     return [s / (np.linalg.norm(s) or 1.0) for s in scores] if normalize else scores
+
+
+def _gates(attention):
+    """Factors of 1 on the heads of `attention`: a dict that fills with them, by the rows that pass through it."""
+    gates, heads = {}, attention.heads
+    dtype = getattr(attention.out, "dtype", np.float32)         # quantized weights have none
+
+    def gated(x, *more):
+        if len(x) not in gates:
+            gates[len(x)] = Tensor(np.ones((len(x), attention.n_head), dtype), requires_grad=True)
+        attention.head_gate = gates[len(x)]
+        return heads(x, *more)
+
+    attention.heads = gated
+    return gates
 
 
 def layer_importance(model, batches, *, count=None):
