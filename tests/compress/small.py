@@ -14,6 +14,13 @@ def batches(count=2, rows=3, length=12, seed=5):
     return [(t[:, :-1], t[:, 1:]) for t in (rng.integers(0, 40, (rows, length + 1)) for _ in range(count))]
 
 
+def padded(rows=4, seed=6):
+    """A batch of unequal rows, as CompletionBatches gives it, and each of them as a batch without its padding."""
+    rng = np.random.default_rng(seed)
+    pairs = [(rng.integers(0, 40, 3), rng.integers(0, 40, length)) for length in rng.integers(2, 20, rows)]
+    return nf.rlhf.CompletionBatches.collate(pairs), [nf.rlhf.CompletionBatches.collate([pair]) for pair in pairs]
+
+
 def silenced(model, heads):
     """A twin of the model in which these heads, a dict of layer to list, say nothing."""
     twin = model.as_arrays()

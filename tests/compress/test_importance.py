@@ -3,7 +3,7 @@ import pytest
 
 import numformer as nf
 from numformer import compress
-from tests.compress.small import batches, gpt, silenced
+from tests.compress.small import batches, gpt, padded, silenced
 
 
 @pytest.mark.parametrize("options", [{}, {"n_expert": 4}, {"n_kv_head": 2}, {"position": "learned", "norm": "layer"}])
@@ -103,6 +103,16 @@ def test_layer_importance_is_one_minus_the_mean_cosine_over_tokens():
                 cosines[layer].append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
             x = y
     np.testing.assert_allclose(compress.layer_importance(model, data), 1 - np.mean(cosines, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"n_expert": 4}])
+def test_padding_is_not_scored(options):
+    batch, rows = padded()
+    model = gpt(dtype="float64", **options)
+    np.testing.assert_allclose(compress.layer_importance(model, [batch]), compress.layer_importance(model, rows))
+    changed = np.where(np.arange(batch[0].shape[1]) < [[len(t[0])] for t, _ in rows], batch[0], 7), batch[1]
+    for a, b in zip(compress.head_importance(model, [batch]), compress.head_importance(model, [changed])):
+        np.testing.assert_allclose(a, b)
 
 
 def test_batches_without_end_need_a_count(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import numformer as nf
 from numformer import compress
 from numformer.quant import QuantizedWeight, QuantSpec
-from tests.compress.small import batches, gpt
+from tests.compress.small import batches, gpt, padded
 
 SPEC = QuantSpec(bits=4, group_size=16)
 SHAPES = [{}, {"n_expert": 4, "n_kv_head": 2}, {"bias": True, "norm": "layer", "position": "learned",
@@ -34,6 +34,19 @@ def test_a_quantized_model_answers_generates_and_comes_back_with_the_same_bits(t
     assert report.nbytes == sum(a.nbytes for a in again.state_dict().values()) < report.nbytes_before / 2
     for name, array in model.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"n_expert": 4}])
+def test_padding_is_no_calibration(options):
+    batch, rows = padded(12)
+    model = gpt(**options)
+    one, of_one = compress.quantize_model(model, SPEC, "gptq", [batch], min_rows=8, held_out=[batch])
+    each, of_each = compress.quantize_model(model, SPEC, "gptq", rows, min_rows=8, held_out=rows)
+    assert of_one == of_each and of_one.layers[0].rows == sum(tokens.size for tokens, _ in rows) < batch[0].size
+    for name, array in one.state_dict().items():
+        np.testing.assert_array_equal(array, each.state_dict()[name])
+    _, bare = compress.quantize_model(model, SPEC, "gptq", [batch[:1]])
+    assert bare.layers[0].rows == batch[0].size
 
 
 def test_linear_weights_are_quantized_and_all_else_is_not():

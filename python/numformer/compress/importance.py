@@ -10,11 +10,12 @@ import itertools
 
 import numpy as np
 
+from numformer.models.gpt import real_positions
 from numformer.nn import Module, MultiHeadAttention
 from numformer.ops.arguments import as_integer
 from numformer.tensor import Tensor
 
-__all__ = ["head_importance", "layer_importance", "take"]
+__all__ = ["head_importance", "layer_importance", "real_tokens", "take"]
 
 
 def take(batches, count, op):
@@ -27,6 +28,14 @@ def take(batches, count, op):
     if not batches:
         raise ValueError(f"{op}: there is no batch")
     return batches
+
+
+def real_tokens(batch):
+    """The tokens (B, S) of a batch, and which are no padding, bool (B, S): all, where there are no targets to tell."""
+    tokens, *rest = batch
+    shape = np.shape(tokens)
+    has_targets = rest and np.shape(rest[0]) == shape
+    return tokens, real_positions(np.asarray(rest[0])) if has_targets else np.ones(shape, bool)
 
 
 def head_importance(model, batches, *, count=None, groups=False, normalize=True):
@@ -103,8 +112,8 @@ def layer_importance(model, batches, *, count=None):
     Parameters
     ----------
     model : GPT
-    batches : iterable of (tokens, ...)
-        Only the tokens are looked at.
+    batches : iterable of (tokens, ...) or (tokens, targets)
+        Only the tokens are looked at; what stands behind a row's last target that counts is padding and left out.
     count : int, optional
         How many batches to take; all where None.
 
@@ -124,12 +133,12 @@ def layer_importance(model, batches, *, count=None):
         raise TypeError(f"layer_importance: {type(model).__name__} has no blocks")
     twin = model.as_arrays()
     totals, seen = np.zeros(len(twin.blocks)), 0
-    for tokens, *_ in take(batches, count, "layer_importance"):
+    for tokens, real in map(real_tokens, take(batches, count, "layer_importance")):
         x, rotary = twin.enter(tokens)
         for layer, block in enumerate(twin.blocks):
             before, x = x, block(x, rotary, None, layer)
-            totals[layer] += _cosines(before, x).sum()
-        seen += x.shape[0] * x.shape[1]
+            totals[layer] += _cosines(before[real], x[real]).sum()
+        seen += real.sum()
     return 1 - totals / seen
 
 

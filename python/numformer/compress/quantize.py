@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import numformer as nf
-from numformer.compress.importance import take
+from numformer.compress.importance import real_tokens, take
 from numformer.nn.layers import project
 from numformer.ops.gated import swiglu_halves
 from numformer.quant.weight import as_spec
@@ -79,8 +79,9 @@ def quantize_model(model, spec=None, method="rtn", batches=None, *, embedding=No
         4 bits in groups of 128 where None.
     method : {"rtn", "gptq"}
         Round to nearest, or :func:`numformer.quant.gptq`.
-    batches : iterable of (tokens, ...)
-        Calibration, which GPTQ needs; with "rtn" for the output errors of the report alone.
+    batches : iterable of (tokens, ...) or (tokens, targets)
+        Calibration, which GPTQ needs; with "rtn" for the output errors of the report alone. What stands behind a row's
+        last target that counts is padding and left out.
     embedding : QuantSpec, optional
         Quantize the embedding like this, 8 bits for example: to nearest, for a lookup has no inputs to fit it to.
     head : QuantSpec, optional
@@ -135,7 +136,7 @@ def quantize_model(model, spec=None, method="rtn", batches=None, *, embedding=No
     with nf.no_grad():
         if embedding is not None:
             new.embedding.weight = quantizer("embedding.weight", model.embedding.weight.data, None, None, embedding)
-        finals = _walk(new, quantizer, [tokens for tokens, *_ in fit], [tokens for tokens, *_ in test])
+        finals = _walk(new, quantizer, [real_tokens(batch) for batch in fit], [real_tokens(batch) for batch in test])
         if head is not None and not tied:
             new.head = quantizer("head", model.head.data, *finals, head)
     weights = [w for _, w in new.named_quantized()]
@@ -167,16 +168,16 @@ class _Quantizer:
 
 
 def _walk(model, quantizer, fit, test):
-    """Quantize the blocks of `model` in place, the streams of both sets of tokens going along.
+    """Quantize the blocks of `model` in place, the streams of both sets of (tokens, which are real) going along.
 
     Returned are the rows of either set that reach the output matrix, or None.
     """
-    entered = [model.as_arrays().enter(tokens) for tokens in fit + test]
+    entered = [model.as_arrays().enter(tokens) for tokens, _ in fit + test]
     streams, rotary = [x for x, _ in entered], [r for _, r in entered]
 
     def split(parts):
         """Rows of the calibration, and those held out; None where there are no such batches."""
-        rows = [x.reshape(-1, x.shape[-1]) for x in parts]
+        rows = [x[real] for x, (_, real) in zip(parts, fit + test)]
         return [np.concatenate(r) if r else None for r in (rows[:len(fit)], rows[len(fit):])]
 
     for layer, block in enumerate(model.blocks):

@@ -172,6 +172,11 @@ def need_config(config, model):
     return config
 
 
+def real_positions(targets):
+    """Which of `targets` (B, S) are no padding: all but what stands behind a row's last one that counts."""
+    return np.logical_or.accumulate(targets[:, ::-1] != -100, axis=1)[:, ::-1]
+
+
 class Block(Module):
     """One layer: attention, then the feed-forward part, each on a normalized copy and added to the stream."""
 
@@ -299,8 +304,7 @@ class GPT(Module, Pretrained):
         self.cross_entropy, self.balance = loss.item(), 0.0
         routings = self.routings()
         if routings and self.config.load_balancing:
-            counts = targets.reshape(np.shape(tokens)) != -100
-            real = np.logical_or.accumulate(counts[:, ::-1], axis=1)[:, ::-1].reshape(-1)
+            real = real_positions(targets.reshape(np.shape(tokens))).reshape(-1)
             mask = None if real.all() else real
             losses = [nf.moe.load_balancing_loss(routing, token_mask=mask) for routing in routings]
             balance = sum(losses[1:], losses[0]) * (1 / len(losses))
