@@ -115,6 +115,16 @@ def test_padding_is_not_scored(options):
         np.testing.assert_allclose(a, b)
 
 
+def test_batches_without_a_token_or_without_a_batch_around_it_are_refused():
+    (tokens, targets), *_ = batches()
+    for nothing in ((tokens, np.full_like(targets, -100)), (tokens[:0], targets[:0])):
+        with pytest.raises(ValueError, match="layer_importance: the batches hold no tokens, or nothing but padding"):
+            compress.layer_importance(gpt(), [nothing])
+    for bare in ([tokens], (tokens, targets)):
+        with pytest.raises(ValueError, match=r"tokens must have shape \(B, S\), got \(12,\)"):
+            compress.layer_importance(gpt(), bare)
+
+
 def test_batches_without_end_need_a_count(tmp_path, monkeypatch):
     nf.data.write_shard(tmp_path / "a.npy", np.arange(40).repeat(4))
     endless = nf.data.Batches(tmp_path, 2, 8)

@@ -34,7 +34,7 @@ def real_tokens(batch):
     """The tokens (B, S) of a batch, and which are no padding, bool (B, S): all, where there are no targets to tell."""
     tokens, *rest = batch
     shape = np.shape(tokens)
-    has_targets = rest and np.shape(rest[0]) == shape
+    has_targets = len(shape) == 2 and rest and np.shape(rest[0]) == shape
     return tokens, real_positions(np.asarray(rest[0])) if has_targets else np.ones(shape, bool)
 
 
@@ -127,7 +127,7 @@ def layer_importance(model, batches, *, count=None):
     TypeError
         If the model has no ``blocks``, or `count` is no integer.
     ValueError
-        If there is no batch, or no end of them and no `count`.
+        If there is no batch or no token, or no end of the batches and no `count`.
     """
     if not hasattr(model, "blocks"):
         raise TypeError(f"layer_importance: {type(model).__name__} has no blocks")
@@ -139,6 +139,8 @@ def layer_importance(model, batches, *, count=None):
             before, x = x, block(x, rotary, None, layer)
             totals[layer] += _cosines(before[real], x[real]).sum()
         seen += real.sum()
+    if not seen:
+        raise ValueError("layer_importance: the batches hold no tokens, or nothing but padding")
     return 1 - totals / seen
 
 
