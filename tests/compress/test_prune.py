@@ -183,3 +183,11 @@ def test_bad_requests_are_refused():
         compress.progressive_prune(model, batches(), 0.5, kind="experts")
     with pytest.raises(ValueError, match=r"step must be in \(0, 1\]"):
         compress.progressive_prune(model, batches(), 0.5, step=0)
+
+
+@pytest.mark.parametrize("how", [{"importance": []}, {"rng": np.random.default_rng(0)}])
+def test_a_choice_beside_what_is_named_is_refused(how):
+    with pytest.raises(ValueError, match="prune_heads: give either heads, or fraction with importance or rng"):
+        compress.prune_heads(gpt(), {0: [1]}, **how)
+    with pytest.raises(ValueError, match="prune_layers: give either layers, or fraction with importance or rng"):
+        compress.prune_layers(gpt(), [1], **how)

@@ -47,7 +47,7 @@ def prune_heads(model, heads=None, *, fraction=None, importance=None, rng=None):
         If the model is no GPT of floats, or heads or layers are no integers in lists.
     """
     _check(model, "prune_heads")
-    if (heads is None) == (fraction is None):
+    if (heads is None) == (fraction is None) or (fraction is None and (importance is not None or rng is not None)):
         raise ValueError("prune_heads: give either heads, or fraction with importance or rng")
     attentions = [block.attention for block in model.blocks]
     if heads is None:
@@ -107,7 +107,7 @@ def prune_layers(model, layers=None, *, fraction=None, importance=None, rng=None
     """
     _check(model, "prune_layers")
     total = len(model.blocks)
-    if (layers is None) == (fraction is None):
+    if (layers is None) == (fraction is None) or (fraction is None and (importance is not None or rng is not None)):
         raise ValueError("prune_layers: give either layers, or fraction with importance or rng")
     if layers is None:
         scores = _scores("prune_layers", [total], fraction, None if importance is None else [importance], rng)[0]
