@@ -100,6 +100,7 @@ CHOICES = {
     ("cross_entropy", "reduction"): lambda o: nf.cross_entropy(floats(2, 3), ids(2), reduction=o),
     ("linear_cross_entropy", "reduction"): lambda o: nf.linear_cross_entropy(floats(2, 3), floats(4, 3), ids(2),
                                                                              reduction=o),
+    ("route", "score"): lambda o: moe.route(floats(2, 3), 2, score=o),
     ("load_balancing_loss", "form"): lambda o: moe.load_balancing_loss(ROUTING, form=o),
     ("scaled_dot_product_attention", "causal_align"): lambda o: nf.scaled_dot_product_attention(
         *[floats(1, 1, 2, 4)] * 3, is_causal=True, causal_align=o),
@@ -134,6 +135,11 @@ def test_an_option_that_is_no_name_is_refused_by_name(choice, option):
     with pytest.raises(ValueError, match=rf"{op}: {name} must be .*\bor \S+, got ") as raised:
         CHOICES[choice](option)
     assert str(raised.value).endswith(f"got {option!r}")
+
+
+def test_an_array_in_the_place_of_normalize_is_named():
+    with pytest.raises(TypeError, match=r"route: normalize must be True or False, got ndarray of shape \(3,\)"):
+        moe.route(floats(2, 3), 2, normalize=np.ones(3))
 
 
 CAUSAL = {

@@ -9,7 +9,7 @@ A token t has top_k slots. The slots that are not dropped, sorted by expert and 
 import numpy as np
 
 from numformer import _core
-from numformer.ops.arguments import as_array, as_floats, as_gradient, as_integer, as_number, choose, same_dtype
+from numformer.ops.arguments import as_array, as_bool, as_floats, as_gradient, as_integer, as_number, choose, same_dtype
 from numformer.tensor import Tensor, apply
 
 __all__ = ["Routing", "combine", "combine_backward", "combine_forward", "dispatch", "dispatch_backward",
@@ -93,12 +93,12 @@ def _check_mask(mask, tokens, op):
 def route_forward(logits, top_k, *, score="softmax", normalize=True, bias=None, num_groups=1, top_groups=1, scale=1.0,
                   capacity=None, token_mask=None, parts=None):
     """Return ``((weight, probabilities), saved)``. `parts`, a list, is given expert_index and the sorted order."""
-    if score not in ("softmax", "sigmoid"):
-        raise ValueError(f'route: score must be "softmax" or "sigmoid", got {score!r}')
+    sigmoid = choose({"softmax": False, "sigmoid": True}, score, "route", "score")
     logits = as_floats(logits, "route", "logits")
     token_mask = _token_mask(token_mask, "route")
     options = (as_integer(top_k, "route", "top_k"), as_integer(num_groups, "route", "num_groups"),
-               as_integer(top_groups, "route", "top_groups"), score == "sigmoid", normalize,
+               as_integer(top_groups, "route", "top_groups"), sigmoid,
+               as_bool(normalize, "route", "normalize"),
                as_number(scale, "route", "scale"))
     if capacity is not None:
         capacity = as_integer(capacity, "route", "capacity")
