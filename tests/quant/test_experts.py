@@ -62,3 +62,16 @@ def test_bad_experts_and_routings_are_named():
         quant.moe_mlp(x, routing, layer.up, None)
     with pytest.raises(TypeError, match=r"quant\.moe_mlp: routing must be a Routing, .* got ndarray"):
         quant.moe_mlp(x, x, layer.up, layer.down)
+    with pytest.raises(TypeError, match=r"quant\.moe_mlp: qweight must be a QuantizedWeight, got ndarray"):
+        quant.moe_mlp(x, routing, np.ones((4, 48, 32), np.float32), layer.down)
+    with pytest.raises(ValueError, match=r'quant\.moe_mlp: compute must be "int8" or "float32"'):
+        quant.moe_mlp(x[:0], nf.moe.route(np.zeros((0, 4), np.float32), 2), layer.up, layer.down, compute="int4")
+
+
+@pytest.mark.parametrize(("name", "shape"), [("up", (48, 31)), ("up", (47, 32)), ("down", (32, 23)), ("down", (9, 24))])
+def test_an_expert_of_another_shape_is_named_also_where_no_token_goes_to_it(name, shape):
+    layer = experts(quant.QuantSpec(8, None))
+    getattr(layer, name)[2] = quant.quantize(np.ones(shape, np.float32))
+    routing = nf.moe.route(np.array([[2, 1, -9, 0]], np.float32), 2)
+    with pytest.raises(ValueError, match=r"quant\.moe_mlp: gate_up must be of shape \(2 \* I, 32\) .* for expert 2"):
+        quant.moe_mlp(np.ones((1, 32), np.float32), routing, layer.up, layer.down)

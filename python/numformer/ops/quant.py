@@ -160,6 +160,14 @@ def moe_mlp(x, routing, gate_up, down, *, compute="int8"):
         raise ValueError(f"quant.moe_mlp: gate_up and down must hold one weight for each of {experts} experts, got "
                          f"{len(gate_up)} and {len(down)}")
     rows = dispatch(x, routing)
+    width = rows.shape[1]
+    for e, (up, low) in enumerate(zip(gate_up, down)):
+        _check_weight(up, "quant.moe_mlp")
+        _check_weight(low, "quant.moe_mlp")
+        if up.shape[1] != width or up.shape[0] % 2 or low.shape != (down[0].shape[0], up.shape[0] // 2):
+            raise ValueError(f"quant.moe_mlp: gate_up must be of shape (2 * I, {width}) and down of shape (d, I), d "
+                             f"the same for all experts, got {up.shape} and {low.shape} for expert {e}")
+    choose(_COMPUTE, compute, "quant.moe_mlp", "compute")
     parts = []
     for e, (i, j) in enumerate(zip(routing.offsets[:-1].tolist(), routing.offsets[1:].tolist())):
         if i < j:
