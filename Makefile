@@ -52,10 +52,12 @@ asan: $(VENV)/installed-dev
 	    $(BIN)/python -m pytest -p no:cacheprovider --ignore tests/kernels/test_attention_error.py \
 	    tests/kernels tests/test_properties.py tests/test_bad_input.py
 
-# Emulated processors prove instructions and portable code, not formulas or memory: tests marked native are left out.
+# Emulated processors prove instructions and portable code, not formulas or memory: tests marked native are left out,
+# and of each other every fourth case is taken for old instructions, every second for portable code.
 # What the environment tells OpenBLAS of the processor that is there is not true of one that is emulated.
 EMULATED = -p no:cacheprovider -m 'not native'
 
+old: export NUMFORMER_EVERY ?= 4
 old: $(VENV)/installed-dev
 	OPENBLAS_CORETYPE=Nehalem NUMFORMER_ATTENTION=25 qemu-x86_64 -cpu Nehalem-v1 $(BIN)/python -m pytest $(EMULATED) $(or $(OLD_TESTS),tests/kernels)
 
@@ -64,6 +66,7 @@ avx512: $(VENV)/installed-dev
 	    --build-lib build/avx512
 	PYTHONPATH=build/avx512:. NUMFORMER_ATTENTION=100 $(BIN)/python -m pytest $(EMULATED) -k avx512 $(or $(AVX512_TESTS),tests/kernels)
 
+arm: export NUMFORMER_EVERY ?= 2
 arm: $(VENV)/installed-dev
 	.ci/aarch64
 
