@@ -303,6 +303,8 @@ def test_an_option_that_is_no_number_is_refused(name):
 def test_a_switch_that_is_no_bool_is_refused(name):
     with pytest.raises(TypeError, match=f"GPTConfig: {name} must be True or False, got 'no'"):
         gpt(**{name: "no"})
+    with pytest.raises(TypeError, match=f"GPTConfig: {name} must be True or False, got array"):
+        gpt(**{name: np.ones(2)})
 
 
 @pytest.mark.parametrize("model", [nf.models.GPT, rlhf.RewardModel, rlhf.ValueModel])

@@ -137,7 +137,7 @@ class GPTConfig:
         if not 0 <= as_number(self.load_balancing, "GPTConfig", "load_balancing") < math.inf:
             raise ValueError(f"GPTConfig: load_balancing must be finite and 0 or more, got {self.load_balancing}")
         for name in ("bias", "tie_embedding", "recompute"):
-            if getattr(self, name) not in (False, True):
+            if np.ndim(getattr(self, name)) or getattr(self, name) not in (False, True):
                 raise TypeError(f"GPTConfig: {name} must be True or False, got {getattr(self, name)!r}")
 
     def _check_heads(self):
